@@ -50,7 +50,6 @@ THE PRESTO-S LOOP (the paper's Figure 1; the numbers come back as comments in Pa
 import argparse
 import copy
 import dataclasses
-import difflib
 import io
 import json
 import math
@@ -64,8 +63,6 @@ import time
 import zipfile
 import zlib
 
-import numpy as np
-import soundfile
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -939,18 +936,269 @@ class Run:
             return share_right(self.load("vae").decode(latents), label)
 
 
-def train(run, stages):
-    for stage in stages:
-        if not run.path(stage).exists():
+    # ---- what the command line uses -----------------------------------------------------------
+    def open(self, first, fresh):
+        """Make the folder ready to train from stage `first` on; refuse to mix two configs in it."""
+        again = [*STAGES, "ase"] if fresh else [] if first is None else STAGES[STAGES.index(first):] if first in STAGES else [first]
+        file = self.folder / "config.json"
+        if file.exists() and not fresh:
+            old = read_json(file)
+            new = dict(json.loads(json.dumps(dataclasses.asdict(self.cfg))), seed=self.seed)
+            old = dict(old["config"], seed=old["seed"])
+            # With --stage, what only matters from that stage on may change: that is what --stage is for.
+            free = [f.name for f in dataclasses.fields(Config) if f.metadata["stage"] in again]
+            differ = [f"{k} ({old.get(k)} there, {new[k]} here)" for k in new if old.get(k) != new[k] and k not in free]
+            if differ:
+                raise Trouble(f"{self.folder} holds a run with another config: {', '.join(differ)}; "
+                              "choose another --out, or --fresh to start it anew")
+        for stage in again:
+            self.path(stage).unlink(missing_ok=True)
+            self.path(stage, partial=True).unlink(missing_ok=True)
+        revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=pathlib.Path(__file__).parent,
+                                  capture_output=True, text=True).stdout.strip() or "unknown"
+        about = dict(config=dataclasses.asdict(self.cfg), seed=self.seed, device=str(self.device), git=revision,
+                     torch=torch.__version__, python=sys.version.split()[0], threads=torch.get_num_threads())
+        write_file(file, json.dumps(about, indent=1).encode())
+
+    @staticmethod
+    def existing(folder, device):
+        """A trained run, as its config.json describes it."""
+        file = pathlib.Path(folder) / "config.json"
+        if not file.exists():
+            raise Trouble(f"{folder} holds no run: train one with `python presto.py train --out {folder}`, "
+                          "or name another with --run")
+        about = read_json(file)
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
+        try:
+            return Run(folder, Config(**fields), about["seed"], device)
+        except TypeError as error:
+            raise Trouble(f"{file} is of another version of presto.py: {error}")
+
+
+def read_json(file):
+    try:
+        about = json.loads(file.read_text())
+        about["config"], about["seed"]
+        return about
+    except (OSError, ValueError, KeyError, TypeError):
+        raise Trouble(f"{file} is damaged: train with --fresh to start that run anew")
+
+
+def check_config(cfg):
+    """Raise Trouble for values that cannot work, or contradict each other."""
+    def need(condition, message):
+        if not condition:
+            raise Trouble(message)
+
+    for field in dataclasses.fields(Config):
+        value = getattr(cfg, field.name)
+        if field.type is int:
+            least = 0 if field.name in ("encoder_blocks", "decoder_blocks") else 1
+            need(least <= value <= 10_000_000, f"--{field.name} {value}: must be from {least} to 10000000")
+        if field.type is float:
+            need(math.isfinite(value), f"--{field.name} {value}: must be a finite number")
+            need(value >= 0 or field.name == "P_mean", f"--{field.name} {value}: must not be negative")
+        if field.type is tuple:
+            need(value and all(0 < v <= 1 for v in value),
+                 f"--{field.name} {','.join(map(str, value))}: shares of the depth, each above 0 and up to 1")
+        if field.name.endswith("_ema"):
+            need(value < 1, f"--{field.name} {value}: must be below 1")
+    need(toy_data.CLIP_SAMPLES % cfg.stride == 0 and cfg.stride % 2 == 0 and cfg.frames >= 8,
+         f"--stride {cfg.stride}: must be even and cut a clip's {toy_data.CLIP_SAMPLES} samples into 8 frames or more")
+    need(cfg.width % cfg.heads == 0, f"--heads {cfg.heads}: must divide --width {cfg.width}")
+    need(cfg.width % 4 == 0, f"--width {cfg.width}: must be a multiple of 4")
+    need(cfg.depth >= 2, f"--depth {cfg.depth}: must be at least 2, to have a half-way block")
+    need(0 < cfg.sigma_min < cfg.sigma_max, f"--sigma_min {cfg.sigma_min}: must be above 0, below --sigma_max {cfg.sigma_max}")
+    need(cfg.sigma_data > 0, f"--sigma_data {cfg.sigma_data}: must be above 0")
+    need(cfg.rho >= 1, f"--rho {cfg.rho}: must be at least 1")
+    need(cfg.label_dropout < 1, f"--label_dropout {cfg.label_dropout}: must be below 1")
+    for name, choices in dict(p_gen=("inf", "train", "four"), p_dmd=("train", "inf"), p_dsm=("train", "inf"),
+                              p_gan=("train", "inf")).items():
+        need(getattr(cfg, name) in choices, f"--{name} {getattr(cfg, name)}: choose from {', '.join(choices)}")
+
+
+# ================================================================================================
+# Part 9. The command line
+# ================================================================================================
+
+
+def pick_device(name):
+    """The device called `name`; auto takes cuda, then mps, then cpu."""
+    here = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    if name != "auto" and name not in here:
+        raise Trouble(f"--device {name}: not on this machine, which has {', '.join(here)}")
+    return torch.device(here[-1] if name == "auto" else name)
+
+
+def command_train(args):
+    device = pick_device(args.device)
+    preset = args.preset if args.preset != "auto" else "gpu" if device.type == "cuda" else "cpu"
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
+    cfg = dataclasses.replace(Config(**PRESETS[preset]), **given)
+    check_config(cfg)
+    run = Run(args.out, cfg, args.seed, device, args.save_every)
+    run.open(args.stage, args.fresh)
+
+    def stop(number, _):                                             # seen by Run.steps, between two steps
+        run.stop = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)                        # a second one ends it at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+    start = time.monotonic()
+    print(f"Training Presto! with the {preset} preset on {device}, seed {args.seed}, into {run.folder}")
+    for stage in ["ase"] if args.stage == "ase" else STAGES:
+        if run.path(stage).exists():
+            print(f"{stage:9}: done before")
+            continue
+        try:
             model = TRAIN[stage](run, stage)
-            run.save(stage, dict(model=model))
+        except KeyboardInterrupt:
+            print(f"\n{run.stop}: saved in {run.where}. The same command, without --stage and --fresh, goes on from there.",
+                  file=sys.stderr)
+            return 130
+        run.save(stage, dict(model=model))
         run.path(stage, partial=True).unlink(missing_ok=True)
+    print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes. "
+          f"Now: python presto.py sample --steps 4 --run {run.folder}")
+    return 0
+
+
+def command_sample(args):
+    device = pick_device(args.device)
+    try:
+        labels = toy_data.parse_prompt(args.prompt)
+    except ValueError as error:
+        raise Trouble(str(error))
+    run = Run.existing(args.run, device)
+    out = pathlib.Path(args.out)
+    if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
+        raise Trouble(f"--out {out}: not a folder that can be written to")
+    steps = args.steps or (4 if is_student(args.model) else run.cfg.teacher_sampling_steps)
+    model, vae = run.load(args.model), run.load("vae")
+
+    @torch.no_grad()
+    def clip(label, index):                                          # one clip at a time: latency as a user has it
+        seed_with(args.seed, label, index)
+        start = time.perf_counter()
+        latents = generate(args.model, model, torch.tensor([label], device=device), steps, run.cfg)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        middle = time.perf_counter()
+        wave = vae.decode(latents).float().cpu()
+        return wave, middle - start, time.perf_counter() - middle
+
+    clip(labels[0], 0)                                               # warm-up, so that the first is timed as the rest
+    print(f"{args.model}, {steps} steps, seed {args.seed}\n{'file':24}{'asked':12}{'heard':12}{'cents':>6}{'tonal':>7}")
+    right, times = 0, []
+    for label in labels:
+        for index in range(args.count):
+            wave, *seconds = clip(label, index)
+            heard = toy_data.listen(wave)
+            ok = toy_data.is_right(heard, torch.tensor([label]))[0].item()
+            name = f"{toy_data.PROMPTS[label].replace(' ', '-')}-{index:03d}.wav"
+            peak = wave.abs().max().item()
+            write_file(out / name, toy_data.wav_bytes(wave[0] / max(peak, 1.0)))
+            print(f"{name:24}{toy_data.PROMPTS[label]:12}{toy_data.describe(heard):12}"
+                  f"{heard['cents'].item():+6.0f}{heard['tonal'].item():7.2f}  {'right' if ok else 'WRONG'}"
+                  + (f"  (peak {peak:.2f}: turned down so as not to clip)" if peak > 1 else ""))
+            right += ok
+            times.append(seconds)
+    dit, decoder = (1000 * statistics.median(column) for column in zip(*times))
+    print(f"{right} of {len(times)} right. One clip takes {dit + decoder:.1f} ms (median; network {dit:.1f}, decoder "
+          f"{decoder:.1f}): {1000 * toy_data.CLIP_SAMPLES / SAMPLE_RATE / (dit + decoder):.0f} times real time on {device}.")
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Trouble(f"{message} (see `{self.prog} -h`)")
+
+
+def number(kind, low, high):
+    """An argparse type: a number of `kind` from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {'a whole number' if kind is int else 'a number'} "
+                                             f"from {low} to {high}")
+        return value
+    return parse
+
+
+def parse_value(field):
+    """An argparse type for a Config field."""
+    def parse(text):
+        try:
+            if field.type is bool:
+                return {"true": True, "false": False}[text.lower()]
+            if field.type is tuple:
+                return tuple(float(v) for v in text.split(","))
+            return field.type(text)
+        except (KeyError, ValueError):
+            wanted = {bool: "true or false", tuple: "numbers with commas between", int: "a whole number", float: "a number"}
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted[field.type]}")
+    return parse
+
+
+def make_parser():
+    first, *_, last = __doc__.partition("\n\nAn unofficial")
+    parser = Parser("presto.py", description=first, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="train | sample", parser_class=Parser)
+
+    sub = commands.add_parser("train", allow_abbrev=False, help="train all stages, or go on where a run stopped",
+                              description="Train VAE, teacher, Presto-L, Presto-S and Presto-LS, in this order. Run it "
+                              "again to go on where it stopped. Watch `right`, the share of sampled clips that sound as "
+                              "asked: the losses of the last two stages only oscillate.")
+    sub.add_argument("--preset", default="auto", choices=["auto", *PRESETS], help="auto: gpu on cuda, else cpu; tiny is for tests")
+    sub.add_argument("--out", default="runs/presto", help="the run's folder (default %(default)s)")
+    sub.add_argument("--seed", default=0, type=number(int, 0, 2**31), help="the same seed gives the same run (default 0)")
+    sub.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first that is there)")
+    sub.add_argument("--stage", choices=[*STAGES, "ase"], help="train again from this stage on; ase, which is not in the "
+                     "default run, trains Presto-L's forerunner beside it, to compare")
+    sub.add_argument("--fresh", action="store_true", help="forget what the folder holds and start anew")
+    sub.add_argument("--save-every", default=60.0, type=number(float, 0, 1e9), help="seconds between checkpoints (default 60)")
+    group = sub.add_argument_group("config", "the method's numbers and their reasons; the defaults shown are the cpu preset's")
+    for field in dataclasses.fields(Config):
+        default = ",".join(map(str, field.default)) if field.type is tuple else field.default
+        group.add_argument(f"--{field.name}", type=parse_value(field), default=argparse.SUPPRESS, metavar=field.type.__name__,
+                           help=f"{field.metadata['why']} (default {default})".replace("%", "%%"))
+    sub.set_defaults(function=command_train)
+
+    sub = commands.add_parser("sample", allow_abbrev=False, help="write clips, and say what is heard in them",
+                              description="Write WAV files named by prompt, and print for each what was asked and what is heard.")
+    sub.add_argument("--steps", type=number(int, 1, 1000), help="network evaluations for a student (default 4), Heun steps for a teacher")
+    sub.add_argument("--model", default="presto-ls", choices=MODELS, help="which of the run's models (default %(default)s)")
+    sub.add_argument("--prompt", default="all", help='a pitch and a timbre, such as "A3 saw", or all (default)')
+    sub.add_argument("--count", default=1, type=number(int, 1, 1000), help="clips a prompt (default 1)")
+    sub.add_argument("--seed", default=0, type=number(int, 0, 2**31), help="the same seed gives the same clips (default 0)")
+    sub.add_argument("--run", default="runs/presto", help="the run's folder (default %(default)s)")
+    sub.add_argument("--out", default="samples", help="where the WAVs go (default %(default)s)")
+    sub.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first that is there)")
+    sub.set_defaults(function=command_sample)
+    return parser
+
+
+def main(arguments=None):
+    """Run one command; returns the exit status. Trouble becomes one line on stderr and status 2."""
+    parser = make_parser()
+    try:
+        args = parser.parse_args(arguments)
+        if args.command is None:
+            parser.print_help()
+            return 0
+        return args.function(args)
+    except Trouble as trouble:
+        print(f"presto.py: {trouble}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\npresto.py: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
-    cfg = Config(**PRESETS["cpu"])
-    over = dict(a.split("=") for a in sys.argv[2:])
-    over = {k: type(getattr(cfg, k))(eval(v) if k not in ("p_gen", "p_dsm", "p_dmd", "p_gan") else v) for k, v in over.items()}
-    run = Run(sys.argv[1], dataclasses.replace(cfg, **over), 0, torch.device("cpu"))
-    train(run, STAGES)
+    sys.exit(main())

@@ -10,8 +10,11 @@ something that runs anywhere and can be checked:
 Nothing here knows about diffusion, and nothing in presto.py looks at how a tone was made.
 """
 
+import difflib
+import io
 import math
 
+import soundfile
 import torch
 
 SAMPLE_RATE = 8000                                   # hertz
@@ -79,7 +82,42 @@ def make_batch(count, generator=None, labels=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Listening
+# 2. Naming them
+# ------------------------------------------------------------------------------------------------
+
+
+def parse_prompt(text):
+    """"A3 saw" -> [its label]; "all" -> every label. Case and spacing are free. ValueError says what is possible."""
+    wanted = " ".join(text.split()).lower()
+    if wanted == "all":
+        return list(range(NUM_CLASSES))
+    known = [p.lower() for p in PROMPTS]
+    if wanted in known:
+        return [known.index(wanted)]
+    # "saw A3" means A3 saw: compare with the words sorted too.
+    tidy = lambda s: " ".join(sorted(s.split()))
+    near = difflib.get_close_matches(tidy(wanted[:40]), [tidy(p) for p in known], 1, 0.6)
+    guess = f"did you mean {PROMPTS[[tidy(p) for p in known].index(near[0])]}? " if near else ""
+    raise ValueError(f"unknown prompt {text[:40]!r}: {guess}A prompt is a pitch ({', '.join(PITCHES)}) and a timbre "
+                     f"({', '.join(TIMBRES)}), such as \"A3 saw\", or all")
+
+
+def describe(heard):
+    """What `listen` heard in a batch of one, as a prompt; "noise" where there is no tone."""
+    if heard["tonal"].item() <= 0.5:
+        return "noise"
+    return f"{PITCHES[heard['pitch'].item()]} {TIMBRES[heard['timbre'].item()]}"
+
+
+def wav_bytes(wave):
+    """A mono waveform (time,) in [-1, 1] as a WAV file's bytes, PCM 16."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave.numpy(), SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Listening
 # ------------------------------------------------------------------------------------------------
 ENVELOPE_FRAMES = 64                                 # frames of 128 samples, 16 ms
 
@@ -147,3 +185,68 @@ def is_right(heard, labels):
     pitch = tone & (heard["pitch"] == labels // len(TIMBRES)) & (heard["cents"].abs() <= 50)
     timbre = tone & (heard["timbre"] == labels % len(TIMBRES))
     return pitch & timbre, pitch, timbre
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Scoring: how far one set of clips is from another
+# ------------------------------------------------------------------------------------------------
+# The paper embeds music with networks that must be downloaded (for FAD, MMD, the CLAP score). Tones need
+# no such ears. The embedding here is the log energy in 24 bands a third of an octave or less wide, in each
+# of two parts of the clip: bands see pitch region, timbre and brightness, the parts see attack and decay.
+# It does not see single semitones, nor phase: `is_right` sees the former, and an ear hears neither phase.
+EMBEDDING_BANDS = 24
+EMBEDDING_FLOOR = 1e-4                               # of a full-scale sine's power, -40 dB: fainter counts as silence
+
+
+def embed(wave):
+    """Waveforms (batch, time) -> embeddings (batch, 48): log10 band energies, early and late."""
+    wave = wave.float().cpu()
+    spectrum = torch.stft(wave, 512, 256, window=torch.hann_window(512), return_complex=True, center=False)
+    power = spectrum.abs().square() / (512 / 4) ** 2                 # a full-scale sine peaks at 1
+    hz = torch.arange(257) * (SAMPLE_RATE / 512)
+    mel = 2595 * torch.log10(1 + hz / 700)                           # the mel scale: narrow bands where pitch lives
+    centres = torch.linspace(mel[10], mel[-1], EMBEDDING_BANDS)
+    bank = (1 - (mel - centres[:, None]).abs() / (centres[1] - centres[0])).clamp_min(0)   # triangles (band, bin)
+    energy = bank @ power                                            # (batch, band, frame)
+    early, late = energy[..., :10].mean(-1), energy[..., 10:].mean(-1)   # the first 0.3 seconds, and the rest
+    return (torch.cat([early, late], -1) + EMBEDDING_FLOOR).log10()
+
+
+def frechet_distance(a, b):
+    """Frechet distance of two embedded sets (n, d), (m, d): |mean gap|^2 + tr(A + B - 2 (AB)^(1/2)).
+
+    As in FID and FAD, of Gaussians fitted to the sets. Biased upward by about d^2 / n: compare equal n.
+    """
+    a, b = a.double(), b.double()
+    A, B = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(A)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T          # A^(1/2): AB has the eigenvalues of root B root
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross).item()
+
+
+def mmd(a, b):
+    """Squared maximum mean discrepancy, unbiased, times 1000 (so it may fall a little below zero).
+
+    Gaussian kernel (Gretton et al. 2012), whose width is the median distance within b, the reference.
+    """
+    a, b = a.double(), b.double()
+    width = torch.pdist(b).median()
+    kernel = lambda x, y: (-torch.cdist(x, y).square() / (2 * width**2)).exp()
+    off_diagonal = lambda k: (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+    return 1000 * (off_diagonal(kernel(a, a)) + off_diagonal(kernel(b, b)) - 2 * kernel(a, b).mean()).item()
+
+
+def density_recall_coverage(fake, real, k=5):
+    """How real the fakes are, and how much of the real they reach: three figures from k nearest neighbours.
+
+    Density and coverage (Naeem et al. 2020): into how many real points' neighbourhoods a fake falls, over k;
+    the share of real points whose neighbourhood holds a fake. Recall (Kynkaanniemi et al. 2019): the share of
+    real points that lie in some fake's neighbourhood. A point's neighbourhood reaches to its k-th neighbour.
+    """
+    distance = torch.cdist(real, fake)                               # (real, fake)
+    radius = lambda x: torch.cdist(x, x).kthvalue(k + 1, dim=1).values   # k + 1, for the first is the point itself
+    near_real = distance < radius(real)[:, None]
+    near_fake = distance < radius(fake)[None, :]
+    return (near_real.float().sum(0).mean().item() / k, near_fake.any(1).float().mean().item(),
+            near_real.any(1).float().mean().item())
