@@ -48,6 +48,7 @@ THE PRESTO-S LOOP (the paper's Figure 1; the numbers come back as comments in Pa
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import io
@@ -70,7 +71,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import toy_data
-from toy_data import NULL_LABEL, NUM_CLASSES, SAMPLE_RATE
+from toy_data import CLIP_SECONDS, NULL_LABEL, NUM_CLASSES
 
 # ================================================================================================
 # Part 0. Config: every number, with its reason
@@ -87,14 +88,14 @@ def knob(stage, default, why):
 class Config:
     """All settings. The defaults are the `cpu` preset; PRESETS holds what the others change."""
     # VAE
-    stride: int = knob("vae", 256, "samples per latent frame: 32 frames a clip, few enough for a quick DiT")
+    stride: int = knob("vae", 512, "samples a latent frame: 16 frames a clip; at 32 the teacher learnt far slower")
     latent_channels: int = knob("vae", 16, "8 lost the timbre, 32 made the DiT's task harder")
     vae_width: int = knob("vae", 256, "channels at frame rate")
     encoder_blocks: int = knob("vae", 3, "residual blocks in the encoder")
     decoder_blocks: int = knob("vae", 5, "residual blocks in the decoder, which has the harder task")
     kl_weight: float = knob("vae", 1e-2, "more makes a smoother latent space, less a sharper reconstruction")
     stft_weight: float = knob("vae", 0.2, "weight of the multi-resolution STFT term beside the waveform term")
-    vae_steps: int = knob("vae", 4000, "training steps")
+    vae_steps: int = knob("vae", 2500, "training steps")
     vae_batch: int = knob("vae", 16, "clips a step; at equal time, smaller and more beat larger and fewer")
     vae_lr: float = knob("vae", 1e-3, "AdamW's learning rate, falling to zero")
     # DiT and EDM
@@ -110,12 +111,12 @@ class Config:
     P_std: float = knob("teacher", 1.6, "standard deviation of ln sigma in training (EDM: 1.2)")
     # Teacher
     bank: int = knob("teacher", 16384, "clips encoded once, from which all later stages draw their x_real")
-    teacher_steps: int = knob("teacher", 3000, "training steps")
-    batch: int = knob("teacher", 64, "clips a step, for the teacher and Presto-L")
+    teacher_steps: int = knob("teacher", 5000, "training steps")
+    batch: int = knob("teacher", 32, "clips a step, for the teacher and Presto-L")
     teacher_lr: float = knob("teacher", 1e-3, "Adam's learning rate, falling to zero")
     teacher_ema: float = knob("teacher", 0.998, "decay of the averaged weights, which are what is sampled")
     label_dropout: float = knob("teacher", 0.1, "share of null labels, so that CFG has its two halves")
-    cfg_scale: float = knob("teacher", 2.0, "w of classifier-free guidance: for the teacher, and in DMD's real score")
+    cfg_scale: float = knob("teacher", 1.25, "w of classifier-free guidance when the teacher is sampled")
     teacher_sampling_steps: int = knob("teacher", 16, "Heun steps at which the teacher stops improving")
     # Presto-L
     budgets: tuple = knob("presto-l", (1.0, 1.0, .86, .86, .71, .71, .57, .57, .43, .43),
@@ -123,7 +124,7 @@ class Config:
     shift: bool = knob("presto-l", True, "drop before the last block, not after the exit (change 1 to ASE)")
     budget_embedding: bool = knob("presto-l", True, "tell the network how many blocks will run (change 2)")
     self_teacher: float = knob("presto-l", 1.0, "weight of L_st, full depth teaching the short pass (change 3)")
-    layer_steps: int = knob("presto-l", 600, "training steps")
+    layer_steps: int = knob("presto-l", 800, "training steps")
     layer_lr: float = knob("presto-l", 3e-4, "Adam's learning rate, falling to zero (ASE: 1e-5, at its scale)")
     # Presto-S and Presto-LS
     p_gen: str = knob("presto-s", "inf", "noise on the generator's input: inf, train, or four (DMD2's fixed sigmas)")
@@ -132,8 +133,9 @@ class Config:
     p_gan: str = knob("presto-s", "train", "noise under which the discriminator listens: train or inf")
     nu1: float = knob("presto-s", 0.01, "weight of the GAN term in the generator's loss (paper)")
     nu2: float = knob("presto-s", 0.005, "weight of the GAN term in the fake score's loss (paper)")
+    dmd_cfg_scale: float = knob("presto-s", 1.1, "w of guidance in DMD's real score; more makes every step louder")
     fake_updates: int = knob("presto-s", 5, "fake-score updates per generator update (paper: 4 to 6 alike)")
-    student_steps: int = knob("presto-s", 300, "generator updates")
+    student_steps: int = knob("presto-s", 100, "generator updates")
     student_batch: int = knob("presto-s", 32, "clips a step")
     generator_lr: float = knob("presto-s", 1e-4, "Adam's learning rate, constant (paper: 5e-7 at its scale)")
     fake_lr: float = knob("presto-s", 2e-4, "Adam's learning rate of fake score and head, constant")
@@ -245,10 +247,15 @@ def vae_loss(vae, wave, cfg):
     return error + cfg.stft_weight * stft_distance(output, wave) + cfg.kl_weight * kl, error
 
 
+def share_right(wave, label):
+    """Share of clips whose pitch and timbre are what was asked for, by toy_data's listening."""
+    return toy_data.is_right(toy_data.listen(wave), label)[0].float().mean().item()
+
+
 def train_vae(run, stage):
     cfg = run.cfg
     vae = VAE(cfg).to(run.device)
-    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     for step in run.steps(stage, cfg.vae_steps, vae=vae, optimizer=optimizer):
         wave, _ = toy_data.make_batch(cfg.vae_batch)
         loss, error = vae_loss(vae, wave.to(run.device), cfg)
@@ -285,7 +292,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.adaln = nn.Linear(width, 6 * width)
         nn.init.zeros_(self.adaln.weight)
         nn.init.zeros_(self.adaln.bias)
@@ -512,6 +519,10 @@ def anneal(lr, step, total):
     return lr * min(1.0, (step + 1) / 100, (total - step) / (0.6 * total))
 
 
+class Diverged(Exception):
+    """A loss or gradient is no longer a number."""
+
+
 def update(loss, optimizer, lr):
     """One optimizer step at learning rate `lr`, on the optimizer's own parameters and no others.
 
@@ -523,7 +534,7 @@ def update(loss, optimizer, lr):
     loss.backward(inputs=parameters)
     norm = nn.utils.clip_grad_norm_(parameters, 1.0)
     if not math.isfinite(norm):
-        raise Trouble(f"the loss is {loss.item()} and its gradient's norm {norm.item()}")
+        raise Diverged(f"the loss is {loss.item()}, its gradient's norm {norm.item()}")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -563,7 +574,7 @@ def train_teacher(run, stage):
     cfg, bank = run.cfg, run.bank()
     model = Denoiser(cfg).to(run.device)
     ema = averaged(model, cfg.teacher_ema)
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for step in run.steps(stage, cfg.teacher_steps, model=model, ema=ema, optimizer=optimizer):
         x_real, label = bank.draw(cfg.batch)
         label = drop_labels(label, cfg.label_dropout)
@@ -630,7 +641,7 @@ def train_layers(run, stage):
     model = Denoiser(cfg, **run.dit_options(stage)).to(run.device)
     model.load_state_dict(run.load("teacher").state_dict())
     ema = averaged(model, cfg.teacher_ema)
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     self_teacher = 0.0 if stage == "ase" else cfg.self_teacher
     for step in run.steps(stage, cfg.layer_steps, model=model, ema=ema, optimizer=optimizer):
         x_real, label = bank.draw(cfg.batch)
@@ -729,15 +740,15 @@ def train_steps(run, stage):
     """
     cfg, bank = run.cfg, run.bank()
     teacher = run.load("teacher").requires_grad_(False)
-    real_score = guided(teacher, cfg.cfg_scale)
+    real_score = guided(teacher, cfg.dmd_cfg_scale)
     fake_score = copy.deepcopy(teacher).requires_grad_(True)
     head = Discriminator(cfg).to(run.device)
     model = run.load("presto-l") if stage == "presto-ls" else copy.deepcopy(teacher)
     model.requires_grad_(True)
     generator = with_budget(model, cfg.budgets_ls, cfg) if stage == "presto-ls" else model
     ema = averaged(model, cfg.student_ema)
-    generator_optimizer = torch.optim.Adam(model.parameters())
-    fake_optimizer = torch.optim.Adam([*fake_score.parameters(), *head.parameters()])
+    generator_optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    fake_optimizer = torch.optim.Adam([*fake_score.parameters(), *head.parameters()], fused=True)
 
     def generate():                                                  # steps 1 and 2
         # Real latents at a continuous sigma, as in the paper's Figure 1. DMD2 simulates its own sampler
@@ -767,7 +778,7 @@ def train_steps(run, stage):
 
 
 # ================================================================================================
-# Part 7. Generating: the same few lines for every model
+# Part 7. Generating and measuring: the same few lines for every model
 # ================================================================================================
 MODELS = ["teacher", "presto-l", "ase", "presto-s", "presto-ls"]
 
@@ -797,13 +808,30 @@ def generate(name, model, label, steps, cfg):
     return sampler(denoiser_of(name, model, cfg), x, sigmas, label)
 
 
-def share_right(wave, label):
-    """Share of clips whose pitch and timbre are what was asked for, by toy_data's listening."""
-    return toy_data.is_right(toy_data.listen(wave), label)[0].float().mean().item()
+@torch.no_grad()
+def timed_clip(name, model, vae, label, steps, cfg):
+    """One clip (1, time), as a user waits for it, and the seconds that network and decoder took."""
+    synchronize = torch.cuda.synchronize if vae.mean.is_cuda else lambda: None
+    start = time.perf_counter()
+    latents = generate(name, model, torch.tensor([label], device=vae.mean.device), steps, cfg)
+    synchronize()
+    middle = time.perf_counter()
+    wave = vae.decode(latents)
+    synchronize()
+    return wave.float().cpu(), middle - start, time.perf_counter() - middle
+
+
+def cost(name, steps, cfg):
+    """Network evaluations a clip (CFG's two halves are one, of twice the batch), and mean blocks in each."""
+    sigmas = student_sigmas(steps, cfg) if is_student(name) else edm_sigmas(steps, cfg)[:-1]
+    if not is_student(name):
+        sigmas = torch.cat([sigmas, sigmas[1:]])                     # Heun looks at every level twice but the first
+    shares = {"presto-ls": cfg.budgets_ls, "presto-l": cfg.budgets, "ase": cfg.budgets}.get(name, (1.0,))
+    return len(sigmas), budget_at(sigmas, shares, cfg).float().mean().item()
 
 
 # ================================================================================================
-# Part 8. Runs: saving, resuming, checking
+# Part 8. Runs: saving, resuming, checking. No lesson here.
 # ================================================================================================
 TRAIN = {"vae": train_vae, "teacher": train_teacher, "presto-l": train_layers, "ase": train_layers,
          "presto-s": train_steps, "presto-ls": train_steps}
@@ -814,8 +842,8 @@ class Trouble(Exception):
 
 
 def seed_with(*parts):
-    """Seed every generator from any values. Each training step and each clip has a seed of its own: this is
-    what makes an interrupted run end as an uninterrupted one, and clip 3 the same whatever --count is."""
+    """Seed every generator from any values. Each training step and each clip has a seed of its own: so an
+    interrupted run ends as an uninterrupted one, and clip 3 is the same whatever --count is."""
     torch.manual_seed(zlib.crc32(repr(parts).encode()))
 
 
@@ -830,11 +858,9 @@ def write_file(path, data):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        try:
-            temporary.unlink(missing_ok=True)
-        except OSError:
-            pass
-        raise Trouble(f"cannot write {path}: {error.strerror}; choose another folder or free some space")
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise Trouble(f"cannot write {path}: {error.strerror}; choose another folder, or free some space")
 
 
 class Run:
@@ -842,54 +868,7 @@ class Run:
 
     def __init__(self, folder, cfg, seed, device, save_every=60.0):
         self.folder, self.cfg, self.seed, self.device = pathlib.Path(folder), cfg, seed, device
-        self.save_every, self.stop, self._bank, self.bar, self.shown = save_every, None, None, None, {}
-
-    # ---- checkpoints ------------------------------------------------------------------------
-    def path(self, stage, partial=False):
-        return self.folder / (stage + (".partial.pt" if partial else ".pt"))
-
-    def save(self, stage, parts, step=None):
-        """Write a stage's checkpoint: finished (step None), or partial, with all that goes on needs."""
-        buffer = io.BytesIO()
-        torch.save(dict(presto=1, stage=stage, seed=self.seed, config=dataclasses.asdict(self.cfg), step=step,
-                        parts={name: part.state_dict() for name, part in parts.items()}), buffer)
-        write_file(self.path(stage, partial=step is not None), buffer.getvalue())
-
-    def read(self, path, **parts):
-        """Read a checkpoint into `parts`; returns its step. Never runs code from the file."""
-        again = f"delete it and run `python presto.py train --out {self.folder}` again"
-        try:
-            with zipfile.ZipFile(path) as archive:                   # torch's files are zips: check every sum
-                damaged = archive.testzip()
-            if damaged:
-                raise zipfile.BadZipFile
-            saved = torch.load(path, map_location=self.device, weights_only=True)
-        except FileNotFoundError:
-            raise Trouble(f"{path} does not exist: run `python presto.py train --out {self.folder}` first")
-        except (zipfile.BadZipFile, EOFError):
-            raise Trouble(f"{path} is damaged: {again}")
-        except OSError as error:
-            raise Trouble(f"cannot read {path}: {error.strerror}")
-        except Exception:                                            # unpickling fails in many ways
-            raise Trouble(f"{path} is not a checkpoint of presto.py: {again}")
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(saved["parts"][name])
-            return saved["step"]
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-            raise Trouble(f"{path} does not fit this run's config: {again}")
-
-    def dit_options(self, stage):
-        """Which of Presto-L's changes a stage's network has: ASE has neither."""
-        return dict(shift=self.cfg.shift and stage != "ase",
-                    budget_embedding=self.cfg.budget_embedding and stage != "ase")
-
-    def load(self, stage):
-        """A finished stage's model, ready to use on this run's device."""
-        model = VAE(self.cfg) if stage == "vae" else Denoiser(self.cfg, **self.dit_options(stage))
-        model.to(self.device)
-        self.read(self.path(stage), model=model)
-        return model.eval().requires_grad_(False)
+        self.save_every, self.stop, self._bank = save_every, None, None
 
     # ---- what the training loops use ----------------------------------------------------------
     def bank(self):
@@ -898,26 +877,26 @@ class Run:
         return self._bank
 
     def steps(self, stage, total, **parts):
-        """Yield a stage's step numbers, from where an interrupted run stopped; save at intervals."""
-        start = 0
-        if self.path(stage, partial=True).exists():
-            start = self.read(self.path(stage, partial=True), **parts)
+        """Yield a stage's step numbers, from where an interrupted run stopped; save `parts` at intervals."""
+        partial, start = self.path(stage, ".partial.pt"), 0
+        if partial.exists():
+            start = self.read(partial, **parts)
         saved, self.shown = time.monotonic(), {}
         with tqdm(total=total, initial=start, desc=f"{stage:9}", unit="step", dynamic_ncols=True) as self.bar:
             for step in range(start, total):
                 if self.stop or time.monotonic() - saved > self.save_every:
-                    self.save(stage, parts, step)
+                    self.save(partial, step, **parts)
                     saved = time.monotonic()
                 if self.stop:
                     raise KeyboardInterrupt
-                self.where = f"{stage} step {step}"
+                self.where = f"{stage}, step {step} of {total}"
                 seed_with(self.seed, stage, step)
                 yield step
                 self.bar.update()
         seed_with(self.seed, stage, total)
 
     def show(self, **values):
-        """Show figures at the end of the bar. Losses as they are now, `right` since it was last heard."""
+        """Show figures at the bar's end: losses as they are now, `right` as it was last heard."""
         self.shown.update(values)
         if self.bar.n % 10 == 0 or "right" in values:
             self.bar.set_postfix({k: f"{float(torch.as_tensor(v).detach()):.3f}" for k, v in self.shown.items()}, refresh=False)
@@ -930,91 +909,125 @@ class Run:
         """The sample metric while training: the share right of one clip of every class."""
         label = torch.arange(NUM_CLASSES, device=self.device)
         seed_with(self.seed, "listen")
-        steps = 4 if is_student(stage) else self.cfg.teacher_sampling_steps
-        latents = generate(stage, model, label, steps, self.cfg)
+        latents = generate(stage, model, label, 4 if is_student(stage) else self.cfg.teacher_sampling_steps, self.cfg)
         with torch.no_grad():
             return share_right(self.load("vae").decode(latents), label)
 
+    # ---- checkpoints --------------------------------------------------------------------------
+    def path(self, stage, ending=".pt"):
+        return self.folder / (stage + ending)
 
-    # ---- what the command line uses -----------------------------------------------------------
-    def open(self, first, fresh):
-        """Make the folder ready to train from stage `first` on; refuse to mix two configs in it."""
-        again = [*STAGES, "ase"] if fresh else [] if first is None else STAGES[STAGES.index(first):] if first in STAGES else [first]
+    def save(self, path, step, **parts):
+        """Write a checkpoint: a finished stage's model (step None), or all that is needed to go on."""
+        buffer = io.BytesIO()
+        torch.save(dict(config=dataclasses.asdict(self.cfg), seed=self.seed, step=step,
+                        parts={name: part.state_dict() for name, part in parts.items()}), buffer)
+        write_file(path, buffer.getvalue())
+
+    def read(self, path, **parts):
+        """Read a checkpoint into `parts`; returns its step. Never runs code from the file."""
+        mend = f"delete it and run `python presto.py train --out {self.folder}` again"
+        try:
+            with zipfile.ZipFile(path) as archive:                   # torch's files are zips, with a sum for each part
+                if archive.testzip():
+                    raise zipfile.BadZipFile
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+        except FileNotFoundError:
+            raise Trouble(f"{path} does not exist: run `python presto.py train --out {self.folder}` first")
+        except OSError as error:
+            raise Trouble(f"cannot read {path}: {error.strerror}")
+        except Exception:                                            # zip, zlib, pickle: damage has many names
+            raise Trouble(f"{path} is damaged, or not a checkpoint of presto.py: {mend}")
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(saved["parts"][name])
+            return saved["step"]
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+            raise Trouble(f"{path} does not fit this run's config: {mend}")
+
+    def dit_options(self, stage):
+        """Which of Presto-L's changes a stage's network has: ASE has neither."""
+        ase = stage == "ase"
+        return dict(shift=self.cfg.shift and not ase, budget_embedding=self.cfg.budget_embedding and not ase)
+
+    def load(self, stage):
+        """A finished stage's model, frozen, on this run's device."""
+        model = VAE(self.cfg) if stage == "vae" else Denoiser(self.cfg, **self.dit_options(stage))
+        self.read(self.path(stage), model=model.to(self.device))
+        return model.eval().requires_grad_(False)
+
+    # ---- the folder's config ------------------------------------------------------------------
+    def about(self):
+        """What made this run, as its config.json says it."""
         file = self.folder / "config.json"
-        if file.exists() and not fresh:
-            old = read_json(file)
-            new = dict(json.loads(json.dumps(dataclasses.asdict(self.cfg))), seed=self.seed)
-            old = dict(old["config"], seed=old["seed"])
-            # With --stage, what only matters from that stage on may change: that is what --stage is for.
+        try:
+            about = json.loads(file.read_text())
+            return dict({k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}, seed=about["seed"])
+        except FileNotFoundError:
+            raise Trouble(f"{self.folder} holds no run: train one with `python presto.py train --out {self.folder}`")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise Trouble(f"{file} is damaged: start that run anew with `train --out {self.folder} --fresh`")
+
+    @staticmethod
+    def existing(folder, device):
+        """A trained run, as its folder describes it."""
+        run = Run(folder, None, 0, device)
+        fields = run.about()
+        run.seed = fields.pop("seed")
+        try:
+            run.cfg = Config(**fields)
+        except TypeError:
+            raise Trouble(f"{folder} was made by another version of presto.py: train it anew with --fresh")
+        return run
+
+    def open(self, first, fresh):
+        """Make the folder ready to train, again from stage `first` on; refuse to mix two configs in it."""
+        again = [*STAGES, "ase"] if fresh else []
+        if first:
+            again += STAGES[STAGES.index(first):] if first in STAGES else [first]
+        if (self.folder / "config.json").exists() and not fresh:
+            old, new = self.about(), dict(dataclasses.asdict(self.cfg), seed=self.seed)
+            # With --stage, what matters only from that stage on may change: that is what --stage is for.
             free = [f.name for f in dataclasses.fields(Config) if f.metadata["stage"] in again]
             differ = [f"{k} ({old.get(k)} there, {new[k]} here)" for k in new if old.get(k) != new[k] and k not in free]
             if differ:
                 raise Trouble(f"{self.folder} holds a run with another config: {', '.join(differ)}; "
                               "choose another --out, or --fresh to start it anew")
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True)
+        write_file(self.folder / "config.json", json.dumps(dict(
+            config=dataclasses.asdict(self.cfg), seed=self.seed, device=str(self.device), torch=torch.__version__,
+            python=sys.version.split()[0], threads=torch.get_num_threads(), git=git.stdout.strip()), indent=1).encode())
         for stage in again:
             self.path(stage).unlink(missing_ok=True)
-            self.path(stage, partial=True).unlink(missing_ok=True)
-        revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=pathlib.Path(__file__).parent,
-                                  capture_output=True, text=True).stdout.strip() or "unknown"
-        about = dict(config=dataclasses.asdict(self.cfg), seed=self.seed, device=str(self.device), git=revision,
-                     torch=torch.__version__, python=sys.version.split()[0], threads=torch.get_num_threads())
-        write_file(file, json.dumps(about, indent=1).encode())
-
-    @staticmethod
-    def existing(folder, device):
-        """A trained run, as its config.json describes it."""
-        file = pathlib.Path(folder) / "config.json"
-        if not file.exists():
-            raise Trouble(f"{folder} holds no run: train one with `python presto.py train --out {folder}`, "
-                          "or name another with --run")
-        about = read_json(file)
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
-        try:
-            return Run(folder, Config(**fields), about["seed"], device)
-        except TypeError as error:
-            raise Trouble(f"{file} is of another version of presto.py: {error}")
-
-
-def read_json(file):
-    try:
-        about = json.loads(file.read_text())
-        about["config"], about["seed"]
-        return about
-    except (OSError, ValueError, KeyError, TypeError):
-        raise Trouble(f"{file} is damaged: train with --fresh to start that run anew")
+            self.path(stage, ".partial.pt").unlink(missing_ok=True)
 
 
 def check_config(cfg):
     """Raise Trouble for values that cannot work, or contradict each other."""
-    def need(condition, message):
+    def need(name, condition, rule):
         if not condition:
-            raise Trouble(message)
+            raise Trouble(f"--{name} {getattr(cfg, name)}: {rule}")
 
-    for field in dataclasses.fields(Config):
-        value = getattr(cfg, field.name)
-        if field.type is int:
-            least = 0 if field.name in ("encoder_blocks", "decoder_blocks") else 1
-            need(least <= value <= 10_000_000, f"--{field.name} {value}: must be from {least} to 10000000")
-        if field.type is float:
-            need(math.isfinite(value), f"--{field.name} {value}: must be a finite number")
-            need(value >= 0 or field.name == "P_mean", f"--{field.name} {value}: must not be negative")
-        if field.type is tuple:
-            need(value and all(0 < v <= 1 for v in value),
-                 f"--{field.name} {','.join(map(str, value))}: shares of the depth, each above 0 and up to 1")
-        if field.name.endswith("_ema"):
-            need(value < 1, f"--{field.name} {value}: must be below 1")
-    need(toy_data.CLIP_SAMPLES % cfg.stride == 0 and cfg.stride % 2 == 0 and cfg.frames >= 8,
-         f"--stride {cfg.stride}: must be even and cut a clip's {toy_data.CLIP_SAMPLES} samples into 8 frames or more")
-    need(cfg.width % cfg.heads == 0, f"--heads {cfg.heads}: must divide --width {cfg.width}")
-    need(cfg.width % 4 == 0, f"--width {cfg.width}: must be a multiple of 4")
-    need(cfg.depth >= 2, f"--depth {cfg.depth}: must be at least 2, to have a half-way block")
-    need(0 < cfg.sigma_min < cfg.sigma_max, f"--sigma_min {cfg.sigma_min}: must be above 0, below --sigma_max {cfg.sigma_max}")
-    need(cfg.sigma_data > 0, f"--sigma_data {cfg.sigma_data}: must be above 0")
-    need(cfg.rho >= 1, f"--rho {cfg.rho}: must be at least 1")
-    need(cfg.label_dropout < 1, f"--label_dropout {cfg.label_dropout}: must be below 1")
-    for name, choices in dict(p_gen=("inf", "train", "four"), p_dmd=("train", "inf"), p_dsm=("train", "inf"),
-                              p_gan=("train", "inf")).items():
-        need(getattr(cfg, name) in choices, f"--{name} {getattr(cfg, name)}: choose from {', '.join(choices)}")
+    for name, value in dataclasses.asdict(cfg).items():
+        if type(value) is int:
+            need(name, 1 <= value <= 10**7, "must be from 1 to 10000000")
+        if type(value) is float:
+            need(name, math.isfinite(value) and (value >= 0 or name == "P_mean"), "must be a number, and not negative")
+        if type(value) is tuple:
+            need(name, all(0 < v <= 1 for v in value), "must be shares of the depth, each above 0 and up to 1")
+        if name.endswith("_ema") or name == "label_dropout":
+            need(name, value < 1, "must be below 1")
+        if name in ("p_gen", "p_dmd", "p_dsm", "p_gan"):
+            choices = ["train", "inf"] + ["four"] * (name == "p_gen")
+            need(name, value in choices, f"choose from {', '.join(choices)}")
+    need("stride", toy_data.CLIP_SAMPLES % cfg.stride == 0 and cfg.stride % 2 == 0 and cfg.frames >= 8,
+         f"must be even, and cut a clip's {toy_data.CLIP_SAMPLES} samples into 8 frames or more")
+    need("heads", cfg.width % cfg.heads == 0, f"must divide --width {cfg.width}")
+    need("width", cfg.width % 4 == 0, "must be a multiple of 4")
+    need("depth", cfg.depth >= 2, "must be at least 2, to have a half-way block")
+    need("sigma_min", 0 < cfg.sigma_min < cfg.sigma_max, f"must be above 0 and below --sigma_max {cfg.sigma_max}")
+    need("sigma_data", cfg.sigma_data > 0, "must be above 0")
+    need("rho", cfg.rho >= 1, "must be at least 1")
 
 
 # ================================================================================================
@@ -1024,10 +1037,10 @@ def check_config(cfg):
 
 def pick_device(name):
     """The device called `name`; auto takes cuda, then mps, then cpu."""
-    here = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    if name != "auto" and name not in here:
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name not in ("auto", *here):
         raise Trouble(f"--device {name}: not on this machine, which has {', '.join(here)}")
-    return torch.device(here[-1] if name == "auto" else name)
+    return torch.device(here[0] if name == "auto" else name)
 
 
 def command_train(args):
@@ -1039,74 +1052,121 @@ def command_train(args):
     run = Run(args.out, cfg, args.seed, device, args.save_every)
     run.open(args.stage, args.fresh)
 
-    def stop(number, _):                                             # seen by Run.steps, between two steps
-        run.stop = signal.Signals(number).name
+    def stop(number, _):                                             # Run.steps sees it between two steps
+        run.stop = signal.Signals(number)
         signal.signal(number, signal.SIG_DFL)                        # a second one ends it at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
 
     start = time.monotonic()
-    print(f"Training Presto! with the {preset} preset on {device}, seed {args.seed}, into {run.folder}")
+    print(f"Training Presto! with the {preset} preset on {device}, seed {args.seed}, into {run.folder}", flush=True)
     for stage in ["ase"] if args.stage == "ase" else STAGES:
         if run.path(stage).exists():
             print(f"{stage:9}: done before")
             continue
         try:
-            model = TRAIN[stage](run, stage)
+            run.save(run.path(stage), None, model=TRAIN[stage](run, stage))
         except KeyboardInterrupt:
-            print(f"\n{run.stop}: saved in {run.where}. The same command, without --stage and --fresh, goes on from there.",
+            print(f"\n{run.stop.name}: saved at {run.where}. Go on with the same command, less --stage and --fresh.",
                   file=sys.stderr)
-            return 130
-        run.save(stage, dict(model=model))
-        run.path(stage, partial=True).unlink(missing_ok=True)
-    print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes. "
-          f"Now: python presto.py sample --steps 4 --run {run.folder}")
+            return 128 + run.stop
+        except Diverged as trouble:
+            raise Trouble(f"{run.where}: {trouble}. The last good checkpoint is kept; most likely a learning rate is too high")
+        run.path(stage, ".partial.pt").unlink(missing_ok=True)
+    print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes. Now: python presto.py sample --steps 4 --run {run.folder}")
     return 0
 
 
 def command_sample(args):
-    device = pick_device(args.device)
     try:
         labels = toy_data.parse_prompt(args.prompt)
     except ValueError as error:
         raise Trouble(str(error))
-    run = Run.existing(args.run, device)
+    run = Run.existing(args.run, pick_device(args.device))
     out = pathlib.Path(args.out)
     if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
         raise Trouble(f"--out {out}: not a folder that can be written to")
     steps = args.steps or (4 if is_student(args.model) else run.cfg.teacher_sampling_steps)
     model, vae = run.load(args.model), run.load("vae")
-
-    @torch.no_grad()
-    def clip(label, index):                                          # one clip at a time: latency as a user has it
-        seed_with(args.seed, label, index)
-        start = time.perf_counter()
-        latents = generate(args.model, model, torch.tensor([label], device=device), steps, run.cfg)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        middle = time.perf_counter()
-        wave = vae.decode(latents).float().cpu()
-        return wave, middle - start, time.perf_counter() - middle
-
-    clip(labels[0], 0)                                               # warm-up, so that the first is timed as the rest
-    print(f"{args.model}, {steps} steps, seed {args.seed}\n{'file':24}{'asked':12}{'heard':12}{'cents':>6}{'tonal':>7}")
-    right, times = 0, []
+    timed_clip(args.model, model, vae, labels[0], steps, run.cfg)    # warm-up, so that the first is timed as the rest
+    print(f"{args.model}, {steps} steps, seed {args.seed}\n{'file':20}{'asked':13}{'heard':13}{'cents':>5}{'tonal':>7}")
+    right, times, shown = 0, [], {}
     for label in labels:
+        asked = toy_data.PROMPTS[label]
         for index in range(args.count):
-            wave, *seconds = clip(label, index)
-            heard = toy_data.listen(wave)
-            ok = toy_data.is_right(heard, torch.tensor([label]))[0].item()
-            name = f"{toy_data.PROMPTS[label].replace(' ', '-')}-{index:03d}.wav"
+            seed_with(args.seed, label, index)
+            wave, *seconds = timed_clip(args.model, model, vae, label, steps, run.cfg)
             peak = wave.abs().max().item()
-            write_file(out / name, toy_data.wav_bytes(wave[0] / max(peak, 1.0)))
-            print(f"{name:24}{toy_data.PROMPTS[label]:12}{toy_data.describe(heard):12}"
-                  f"{heard['cents'].item():+6.0f}{heard['tonal'].item():7.2f}  {'right' if ok else 'WRONG'}"
-                  + (f"  (peak {peak:.2f}: turned down so as not to clip)" if peak > 1 else ""))
+            wave = wave / max(peak, 1.0)
+            heard = toy_data.listen(wave)
+            ok = share_right(wave, torch.tensor([label])) == 1
+            name = f"{asked.replace(' ', '-')}-{index:03d}.wav"
+            write_file(out / name, toy_data.wav_bytes(wave[0]))
+            print(f"{name:20}{asked:13}{toy_data.describe(heard):13}{heard['cents'].item():+5.0f}{heard['tonal'].item():7.2f}"
+                  f"  {'right' if ok else 'WRONG'}" + f"  (peak {peak:.2f}, turned down so as not to clip)" * (peak > 1))
+            shown.setdefault(asked, []).append((name, wave[0]))
             right += ok
             times.append(seconds)
-    dit, decoder = (1000 * statistics.median(column) for column in zip(*times))
-    print(f"{right} of {len(times)} right. One clip takes {dit + decoder:.1f} ms (median; network {dit:.1f}, decoder "
-          f"{decoder:.1f}): {1000 * toy_data.CLIP_SAMPLES / SAMPLE_RATE / (dit + decoder):.0f} times real time on {device}.")
+    network, decoder = (1000 * statistics.median(column) for column in zip(*times))
+    summary = (f"{right} of {len(times)} right. A clip takes {network + decoder:.1f} ms (median; network {network:.1f}, decoder "
+               f"{decoder:.1f}): {1000 * CLIP_SECONDS / (network + decoder):.0f} times real time on {run.device}.")
+    first = dict(list(shown.items())[:48])                           # a page of thousands would not open
+    write_file(out / "index.html", toy_data.page(f"{args.model}, {steps} steps", summary, [], [],
+                                                 {k: v[:4] for k, v in first.items()}).encode())
+    print(f"{summary}\nTo see and hear them: {out / 'index.html'}")
+    return 0
+
+
+@torch.no_grad()
+def command_eval(args):
+    run = Run.existing(args.run, pick_device(args.device))
+    cfg, vae, full = run.cfg, run.load("vae"), run.cfg.teacher_sampling_steps
+    label = torch.arange(NUM_CLASSES).repeat(args.count)
+    def real(name):
+        seed_with(args.seed, name)
+        return toy_data.make_batch(len(label), labels=label)[0]
+    reference, other = toy_data.embed(real("reference")), real("other")
+    clips = {"real": other, "VAE": torch.cat([vae.decode(vae.encode(w.to(run.device))).float().cpu() for w in other.split(48)])}
+    rows = [("real", toy_data.score(other, label, reference)), ("VAE", toy_data.score(clips["VAE"], label, reference))]
+    floor = [toy_data.score(real(n), label, reference) for n in range(4)]
+
+    wanted = [("teacher", n, cfg.cfg_scale) for n in sorted({4, full // 2, full, 2 * full})] + [("teacher", full, 1.0)]
+    wanted += [("presto-l", full, cfg.cfg_scale)] + [("ase", full, cfg.cfg_scale)] * run.path("ase").exists()
+    wanted += [(name, n, 1.0) for name in ("presto-s", "presto-ls") for n in (1, 2, 4, 8, 16)]
+    for name, steps, scale in tqdm(wanted, desc="eval", unit="row"):
+        model, c = run.load(name), dataclasses.replace(cfg, cfg_scale=scale)
+        seed_with(args.seed, "noise")                                # the same noise for every row
+        waves = [vae.decode(generate(name, model, part.to(run.device), steps, c)).float().cpu() for part in label.split(48)]
+        times = [timed_clip(name, model, vae, 0, steps, c)[1:] for _ in range(12)][2:]
+        network, decoder = (1000 * statistics.median(column) for column in zip(*times))
+        evaluations, blocks = cost(name, steps, c)
+        title = f"{name}, {steps} steps" + f", w = {scale:g}" * (not is_student(name))
+        clips[title] = torch.cat(waves)
+        rows.append((title, dict(toy_data.score(clips[title], label, reference), evaluations=evaluations, blocks=blocks,
+                                 network_ms=network, decoder_ms=decoder)))
+    saturated = dict(rows)[f"teacher, {full} steps, w = {cfg.cfg_scale:g}"]
+    for _, r in rows[2:]:
+        total = r["network_ms"] + r["decoder_ms"]
+        r.update(real_time=1000 * CLIP_SECONDS / total, speedup=(saturated["network_ms"] + saturated["decoder_ms"]) / total)
+
+    columns = dict(fd="7.3f", mmd="7.2f", right="6.3f", pitch="6.3f", timbre="7.3f", density="8.2f", recall="7.2f",
+                   coverage="9.2f", evaluations="12.0f", blocks="7.1f", network_ms="11.1f", decoder_ms="11.1f",
+                   real_time="10.0f", speedup="8.1f")
+    width = {c: int(f.split(".")[0]) for c, f in columns.items()}
+    print(f"{'':28}" + "".join(f"{c:>{w}}" for c, w in width.items()))
+    for title, r in rows:
+        print(f"{title:28}" + "".join(format(r[c], f) if c in r else " " * width[c] for c, f in columns.items()))
+    spread = {c: (min(f[c] for f in floor), max(f[c] for f in floor)) for c in floor[0]}
+    note = (f"{len(label)} clips a row, seed {args.seed}. Real against real over four draws: " +
+            ", ".join(f"{c} {low:.3f} to {high:.3f}" for c, (low, high) in spread.items()))
+    print(note)
+    write_file(run.folder / "eval.json", json.dumps(dict(rows=dict(rows), floor=spread, count=args.count), indent=1).encode())
+    show = [toy_data.parse_prompt(p)[0] for p in ("A3 sine", "C4 organ", "E4 square", "G4 saw")]
+    write_file(run.folder / "report.html", toy_data.page(
+        f"Presto! on tones: {run.folder.name}", note, ["", *columns],
+        [[title, *(format(r[c], f).strip() if c in r else "" for c, f in columns.items())] for title, r in rows],
+        {toy_data.PROMPTS[i]: [(title, w[i]) for title, w in clips.items()] for i in show}).encode())
+    print(f"To see and hear it: {run.folder / 'report.html'}")
     return 0
 
 
@@ -1115,71 +1175,60 @@ class Parser(argparse.ArgumentParser):
         raise Trouble(f"{message} (see `{self.prog} -h`)")
 
 
-def number(kind, low, high):
-    """An argparse type: a number of `kind` from low to high."""
+def parse_as(kind, low=-math.inf, high=math.inf):
+    """An argparse type for one Config field or option, which says what it would have accepted."""
     def parse(text):
         try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {'a whole number' if kind is int else 'a number'} "
-                                             f"from {low} to {high}")
-        return value
-    return parse
-
-
-def parse_value(field):
-    """An argparse type for a Config field."""
-    def parse(text):
-        try:
-            if field.type is bool:
-                return {"true": True, "false": False}[text.lower()]
-            if field.type is tuple:
-                return tuple(float(v) for v in text.split(","))
-            return field.type(text)
+            value = {"true": True, "false": False}[text.lower()] if kind is bool else tuple(
+                float(v) for v in text.split(",")) if kind is tuple else kind(text)
+            if kind in (bool, str, tuple) or low <= value <= high:
+                return value
         except (KeyError, ValueError):
-            wanted = {bool: "true or false", tuple: "numbers with commas between", int: "a whole number", float: "a number"}
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted[field.type]}")
+            pass
+        wanted = {bool: "true or false", tuple: "numbers with commas between", int: "a whole number", float: "a number"}[kind]
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted}" + f" from {low} to {high}" * (low > -math.inf))
     return parse
 
 
 def make_parser():
-    first, *_, last = __doc__.partition("\n\nAn unofficial")
-    parser = Parser("presto.py", description=first, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", metavar="train | sample", parser_class=Parser)
+    parser = Parser("presto.py", description=__doc__.partition("An unofficial")[0].strip(), allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="train | sample | eval", parser_class=Parser)
 
-    sub = commands.add_parser("train", allow_abbrev=False, help="train all stages, or go on where a run stopped",
-                              description="Train VAE, teacher, Presto-L, Presto-S and Presto-LS, in this order. Run it "
-                              "again to go on where it stopped. Watch `right`, the share of sampled clips that sound as "
-                              "asked: the losses of the last two stages only oscillate.")
+    def command(name, function, help, description, folder):
+        sub = commands.add_parser(name, allow_abbrev=False, help=help, description=description)
+        sub.add_argument("--seed", default=0, type=parse_as(int, 0, 2**31), help="the same seed gives the same bytes (default 0)")
+        sub.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
+        sub.add_argument(folder, default="runs/presto", help="the run's folder (default %(default)s)")
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command("train", command_train, "train all stages, or go on where a run stopped",
+                  "Train VAE, teacher, Presto-L, Presto-S and Presto-LS, in this order. Run it again to go on where it "
+                  "stopped. Watch `right`, the share of sampled clips that sound as asked: the losses of the last two "
+                  "stages only oscillate.", "--out")
     sub.add_argument("--preset", default="auto", choices=["auto", *PRESETS], help="auto: gpu on cuda, else cpu; tiny is for tests")
-    sub.add_argument("--out", default="runs/presto", help="the run's folder (default %(default)s)")
-    sub.add_argument("--seed", default=0, type=number(int, 0, 2**31), help="the same seed gives the same run (default 0)")
-    sub.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first that is there)")
-    sub.add_argument("--stage", choices=[*STAGES, "ase"], help="train again from this stage on; ase, which is not in the "
-                     "default run, trains Presto-L's forerunner beside it, to compare")
+    sub.add_argument("--stage", choices=[*STAGES, "ase"], help="train again from this stage on; ase, not in the default run, "
+                     "trains Presto-L's forerunner beside it, to compare")
     sub.add_argument("--fresh", action="store_true", help="forget what the folder holds and start anew")
-    sub.add_argument("--save-every", default=60.0, type=number(float, 0, 1e9), help="seconds between checkpoints (default 60)")
+    sub.add_argument("--save-every", default=60.0, type=parse_as(float, 0, 1e9), help="seconds between checkpoints (default 60)")
     group = sub.add_argument_group("config", "the method's numbers and their reasons; the defaults shown are the cpu preset's")
     for field in dataclasses.fields(Config):
         default = ",".join(map(str, field.default)) if field.type is tuple else field.default
-        group.add_argument(f"--{field.name}", type=parse_value(field), default=argparse.SUPPRESS, metavar=field.type.__name__,
+        group.add_argument(f"--{field.name}", type=parse_as(field.type), default=argparse.SUPPRESS, metavar=field.type.__name__,
                            help=f"{field.metadata['why']} (default {default})".replace("%", "%%"))
-    sub.set_defaults(function=command_train)
 
-    sub = commands.add_parser("sample", allow_abbrev=False, help="write clips, and say what is heard in them",
-                              description="Write WAV files named by prompt, and print for each what was asked and what is heard.")
-    sub.add_argument("--steps", type=number(int, 1, 1000), help="network evaluations for a student (default 4), Heun steps for a teacher")
+    sub = command("sample", command_sample, "write clips, and say what is heard in them",
+                  "Write WAV files named by prompt; print for each what was asked and what is heard.", "--run")
+    sub.add_argument("--steps", type=parse_as(int, 1, 1000), help="denoising steps (default 4; for a teacher, its own number)")
     sub.add_argument("--model", default="presto-ls", choices=MODELS, help="which of the run's models (default %(default)s)")
     sub.add_argument("--prompt", default="all", help='a pitch and a timbre, such as "A3 saw", or all (default)')
-    sub.add_argument("--count", default=1, type=number(int, 1, 1000), help="clips a prompt (default 1)")
-    sub.add_argument("--seed", default=0, type=number(int, 0, 2**31), help="the same seed gives the same clips (default 0)")
-    sub.add_argument("--run", default="runs/presto", help="the run's folder (default %(default)s)")
+    sub.add_argument("--count", default=1, type=parse_as(int, 1, 1000), help="clips a prompt (default 1)")
     sub.add_argument("--out", default="samples", help="where the WAVs go (default %(default)s)")
-    sub.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first that is there)")
-    sub.set_defaults(function=command_sample)
+
+    sub = command("eval", command_eval, "measure every model of a run: one table, and a page to hear and see it",
+                  "Print the paper's table in miniature, and write it as eval.json and report.html into the run's folder.", "--run")
+    sub.add_argument("--count", default=16, type=parse_as(int, 2, 1000), help="clips of each of the 48 classes (default 16)")
     return parser
 
 

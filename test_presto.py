@@ -65,7 +65,7 @@ def test_noise_and_silence_and_wrong_tones_are_not_right():
 
 def test_within_one_class_the_envelope_pitch_loudness_and_brightness_vary():
     heard = toy_data.listen(toy_data.make_batch(64, labels=torch.full((64,), 3))[0])     # A3 saw
-    assert heard["cents"].std() > 3 and heard["loudness"].std() > 1.5 and heard["brightness"].std() > 0.01
+    assert heard["cents"].std() > 1.5 and heard["loudness"].std() > 1.5 and heard["brightness"].std() > 0.01
     assert heard["attack"].std() > 0.005 and heard["decay"].std() > 5
 
 

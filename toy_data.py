@@ -10,7 +10,9 @@ something that runs anywhere and can be checked:
 Nothing here knows about diffusion, and nothing in presto.py looks at how a tone was made.
 """
 
+import base64
 import difflib
+import html
 import io
 import math
 
@@ -18,7 +20,8 @@ import soundfile
 import torch
 
 SAMPLE_RATE = 8000                                   # hertz
-CLIP_SAMPLES = 8192                                  # 1.024 seconds: a power of two suits every stride and FFT
+CLIP_SAMPLES = 8192                                  # a power of two suits every stride and FFT
+CLIP_SECONDS = CLIP_SAMPLES / SAMPLE_RATE            # 1.024
 PITCHES = ["A3", "A#3", "B3", "C4", "C#4", "D4", "D#4", "E4", "F4", "F#4", "G4", "G#4"]
 PITCH_HZ = 220.0 * 2.0 ** (torch.arange(12) / 12)    # A3 to G#4: one octave, so no tone is another's overtone
 TIMBRES = ["sine", "organ", "square", "saw"]
@@ -38,8 +41,8 @@ _k = torch.arange(1, NUM_HARMONICS + 1, dtype=torch.float32)
 HARMONICS = torch.stack([
     (_k == 1).float(),                                        # sine:   the fundamental alone
     (_k == 1) + 0.6 * (_k == 2) + 0.3 * (_k == 4),             # organ:  octaves
-    (_k % 2 == 1) / _k,                                       # square: odd harmonics
-    1 / _k,                                                   # saw:    all harmonics
+    (_k % 2 == 1) * _k**-0.8,                                 # square: odd harmonics
+    _k**-0.8,                                                 # saw:    all harmonics
 ])                                                            # (timbre, harmonic)
 
 
@@ -56,10 +59,10 @@ def make_batch(count, generator=None, labels=None):
     u = torch.rand(7, count, 1, generator=generator)
     loudness = 0.10 * 3.5 ** u[0]                    # RMS at full level, 0.10 to 0.35: an 11 dB range
     attack = 0.005 * 20.0 ** u[1]                    # seconds, 5 to 100 ms
-    decay = 0.2 * 10.0 ** u[2]                       # seconds to fall by 1/e, 0.2 to 2
+    decay = 0.12 * 6.0 ** u[2]                       # seconds to fall by 1/e, 0.12 to 0.72
     tilt = 0.6 * u[3]                                # brightness: harmonic k is weakened by k^-tilt
-    detune = 20 * u[4] - 10                          # cents
-    depth = 20 * u[5]                                # vibrato depth, cents
+    detune = 8 * u[4] - 4                            # cents
+    depth = 12 * u[5]                                # vibrato depth, cents
     rate = 4 + 3 * u[6]                              # vibrato rate, hertz
 
     t = torch.arange(CLIP_SAMPLES) / SAMPLE_RATE     # (time,) in seconds
@@ -155,7 +158,7 @@ def listen(wave):
     centres = hz[:, None] * _k                                       # (batch, harmonic)
     harmonic = energy_between(centres * 0.97, centres * 1.03).clamp_min(0)
     ratio = (harmonic / harmonic[:, :1].clamp_min(1e-20)).sqrt()
-    timbre = (ratio[:, 1] > 0.15).long() + 2 * (ratio[:, 2] > 0.08).long()   # half of the weakest real one
+    timbre = (ratio[:, 1] > 0.18).long() + 2 * (ratio[:, 2] > 0.10).long()   # half of the weakest real one
 
     frames = wave.unflatten(-1, (ENVELOPE_FRAMES, -1)).square().mean(-1).clamp_min(1e-10)   # (batch, frame)
     level = 10 * frames.log10()                                      # dB
@@ -250,3 +253,68 @@ def density_recall_coverage(fake, real, k=5):
     near_fake = distance < radius(fake)[None, :]
     return (near_real.float().sum(0).mean().item() / k, near_fake.any(1).float().mean().item(),
             near_real.any(1).float().mean().item())
+
+
+def score(wave, label, reference):
+    """All figures of one set of clips against `reference`, the embeddings of as many real ones."""
+    right, pitch, timbre = (x.float().mean().item() for x in is_right(listen(wave), label))
+    embedded = embed(wave)
+    density, coverage, recall = density_recall_coverage(embedded, reference)
+    return dict(fd=frechet_distance(embedded, reference), mmd=mmd(embedded, reference), right=right, pitch=pitch,
+                timbre=timbre, density=density, recall=recall, coverage=coverage)
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Showing: one HTML file to hear and see clips, which needs nothing else
+# ------------------------------------------------------------------------------------------------
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>%(title)s</title>
+<style>
+:root { color-scheme: light dark }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; padding: 1rem }
+.table { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
+th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #8886 }
+th:first-child { text-align: left; position: sticky; left: 0; background: Canvas }
+.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem }
+figure { margin: 0 } canvas, audio { width: 100%%; display: block }
+canvas { height: 7rem; image-rendering: pixelated; border-radius: .3rem } audio { height: 2.5rem; margin-top: .3rem }
+</style>
+<h1>%(title)s</h1><p>%(intro)s</p>%(table)s
+<p>Spectrograms: time to the right, 1.02 seconds; frequency upward, 0 to 4 kHz; brighter is louder, over 70 dB.</p>
+%(clips)s
+<script>
+for (const canvas of document.querySelectorAll("canvas")) {   // one byte a pixel, row by row from the top
+  const bytes = atob(canvas.dataset.pixels), picture = canvas.getContext("2d");
+  const image = picture.createImageData(canvas.width, canvas.height);
+  for (let i = 0; i < bytes.length; i++) {
+    const v = bytes.charCodeAt(i);
+    image.data.set([Math.min(255, 2 * v), Math.max(0, 2 * v - 200), 60 + v / 3, 255], 4 * i);
+  }
+  picture.putImageData(image, 0, 0);
+}
+</script></html>
+"""
+
+
+def page(title, intro, columns, rows, groups):
+    """A self-contained HTML page. rows: lists of strings under `columns`; groups: {heading: [(caption, wave)]}."""
+    cells = lambda tag, row: "<tr><th scope='row'>%s</th>" % html.escape(row[0]) + "".join(
+        f"<{tag}>{html.escape(x)}</{tag}>" for x in row[1:]) + "</tr>"
+    table = "<div class='table' tabindex='0' role='region' aria-label='Table of figures'><table>%s%s</table></div>" % (
+        cells("th", columns), "".join(cells("td", row) for row in rows)) if rows else ""
+    clips = []
+    for heading, sounds in groups.items():
+        clips.append(f"<h2>{html.escape(heading)}</h2><div class='clips'>")
+        for caption, wave in sounds:
+            power = torch.stft(wave, 254, 127, window=torch.hann_window(254), return_complex=True).abs().square() / 64**2
+            pixels = ((10 * power.clamp_min(1e-9).log10() + 70) * 255 / 70).clamp(0, 255).flip(0).byte().contiguous()
+            encode = lambda data: base64.b64encode(data).decode()
+            name = html.escape(f"{heading}, {caption}", quote=True)
+            clips.append(
+                f"<figure><figcaption>{html.escape(caption)}</figcaption>"
+                f"<canvas role='img' aria-label='Spectrogram: {name}' width='{pixels.shape[1]}' height='{pixels.shape[0]}' "
+                f"data-pixels='{encode(pixels.numpy().tobytes())}'></canvas>"
+                f"<audio controls aria-label='{name}' src='data:audio/wav;base64,{encode(wav_bytes(wave))}'></audio></figure>")
+        clips.append("</div>")
+    return PAGE % dict(title=html.escape(title), intro=html.escape(intro), table=table, clips="\n".join(clips))
