@@ -111,7 +111,7 @@ class Config:
     P_std: float = knob("teacher", 1.6, "standard deviation of ln sigma in training (EDM: 1.2)")
     # Teacher
     bank: int = knob("teacher", 16384, "clips encoded once, from which all later stages draw their x_real")
-    teacher_steps: int = knob("teacher", 5000, "training steps")
+    teacher_steps: int = knob("teacher", 4500, "training steps")
     batch: int = knob("teacher", 32, "clips a step, for the teacher and Presto-L")
     teacher_lr: float = knob("teacher", 1e-3, "Adam's learning rate, falling to zero")
     teacher_ema: float = knob("teacher", 0.998, "decay of the averaged weights, which are what is sampled")
@@ -133,9 +133,9 @@ class Config:
     p_gan: str = knob("presto-s", "train", "noise under which the discriminator listens: train or inf")
     nu1: float = knob("presto-s", 0.01, "weight of the GAN term in the generator's loss (paper)")
     nu2: float = knob("presto-s", 0.005, "weight of the GAN term in the fake score's loss (paper)")
-    dmd_cfg_scale: float = knob("presto-s", 1.1, "w of guidance in DMD's real score; more makes every step louder")
+    dmd_cfg_scale: float = knob("presto-s", 1.05, "w of guidance in DMD's real score; more makes every step louder")
     fake_updates: int = knob("presto-s", 5, "fake-score updates per generator update (paper: 4 to 6 alike)")
-    student_steps: int = knob("presto-s", 100, "generator updates")
+    student_steps: int = knob("presto-s", 60, "generator updates")
     student_batch: int = knob("presto-s", 32, "clips a step")
     generator_lr: float = knob("presto-s", 1e-4, "Adam's learning rate, constant (paper: 5e-7 at its scale)")
     fake_lr: float = knob("presto-s", 2e-4, "Adam's learning rate of fake score and head, constant")
@@ -348,14 +348,16 @@ class DiT(nn.Module):
 
     def runs(self, index, budget):
         """Whether block `index` runs: a bool for an int budget, booleans (batch,) for one a sample."""
-        if self.shift and index == self.depth - 1:
-            return budget == budget                                  # the last block always runs
-        return index < (budget - 1 if self.shift else budget)
+        if budget is None:
+            return True
+        if self.shift:                                               # who comes first: the last block, then 0, 1, ...
+            index = 0 if index == self.depth - 1 else index + 1
+        return index < budget
 
     def forward(self, x, c_noise, label, budget=None):               # (batch, channels, frames)
         h, c = self.embed(x, c_noise, label, budget)
         for index, block in enumerate(self.blocks):
-            keep = True if budget is None else self.runs(index, budget)
+            keep = self.runs(index, budget)
             if torch.is_tensor(keep):
                 h = torch.where(keep[:, None, None], block(h, c), h)
             elif keep:
@@ -515,7 +517,8 @@ def sample_multistep(denoise, x, sigmas, label):
 
 
 def anneal(lr, step, total):
-    """A hundred steps of warm-up, then a linear fall to zero. The fall is where samples become clean."""
+    """A hundred steps of warm-up, then flat, then a linear fall to zero over the last 60 %. In the fall samples
+    become clean: a teacher had 48 % of its classes right before it, and all at its end."""
     return lr * min(1.0, (step + 1) / 100, (total - step) / (0.6 * total))
 
 
@@ -750,7 +753,7 @@ def train_steps(run, stage):
     generator_optimizer = torch.optim.Adam(model.parameters(), fused=True)
     fake_optimizer = torch.optim.Adam([*fake_score.parameters(), *head.parameters()], fused=True)
 
-    def generate():                                                  # steps 1 and 2
+    def make_x_gen():                                                # steps 1 and 2
         # Real latents at a continuous sigma, as in the paper's Figure 1. DMD2 simulates its own sampler
         # instead, to train on what inference will show it; that costs calls, and fixes the step count.
         x_real, label = bank.draw(cfg.student_batch)
@@ -763,10 +766,10 @@ def train_steps(run, stage):
         # updates it lags behind the generator.
         for _ in range(cfg.fake_updates):
             with torch.no_grad():
-                x_gen, x_real, label = generate()
+                x_gen, x_real, label = make_x_gen()
             fake_loss = fake_score_loss(x_gen, x_real, label, fake_score, head, cfg)
             update(fake_loss, fake_optimizer, cfg.fake_lr)
-        x_gen, _, label = generate()
+        x_gen, _, label = make_x_gen()
         loss = generator_loss(x_gen, label, real_score, fake_score, head, cfg)
         update(loss, generator_optimizer, cfg.generator_lr)
         ema.update_parameters(model)
@@ -781,19 +784,21 @@ def train_steps(run, stage):
 # Part 7. Generating and measuring: the same few lines for every model
 # ================================================================================================
 MODELS = ["teacher", "presto-l", "ase", "presto-s", "presto-ls"]
+BUDGETS = {"presto-l": "budgets", "ase": "budgets", "presto-ls": "budgets_ls"}   # which models drop layers, and how
 
 
 def is_student(name):
-    """Whether a model samples in few steps and without guidance, since both were distilled into it."""
-    return name in ("presto-s", "presto-ls")
+    """Whether a model is sampled by re-noising and without guidance, since both were distilled into it.
+
+    "undistilled" is the teacher sampled so: what the students start from, to see what distilling adds.
+    """
+    return name in ("presto-s", "presto-ls", "undistilled")
 
 
 def denoiser_of(name, model, cfg):
     """The denoiser that the model called `name` is sampled with: its layers dropped, its guidance added."""
-    if name in ("presto-l", "ase"):
-        model = with_budget(model, cfg.budgets, cfg)
-    if name == "presto-ls":
-        model = with_budget(model, cfg.budgets_ls, cfg)
+    if name in BUDGETS:
+        model = with_budget(model, getattr(cfg, BUDGETS[name]), cfg)
     return model if is_student(name) else guided(model, cfg.cfg_scale)
 
 
@@ -826,7 +831,7 @@ def cost(name, steps, cfg):
     sigmas = student_sigmas(steps, cfg) if is_student(name) else edm_sigmas(steps, cfg)[:-1]
     if not is_student(name):
         sigmas = torch.cat([sigmas, sigmas[1:]])                     # Heun looks at every level twice but the first
-    shares = {"presto-ls": cfg.budgets_ls, "presto-l": cfg.budgets, "ase": cfg.budgets}.get(name, (1.0,))
+    shares = getattr(cfg, BUDGETS[name]) if name in BUDGETS else (1.0,)
     return len(sigmas), budget_at(sigmas, shares, cfg).float().mean().item()
 
 
@@ -914,6 +919,14 @@ class Run:
             return share_right(self.load("vae").decode(latents), label)
 
     # ---- checkpoints --------------------------------------------------------------------------
+    def train(self, stage):
+        """Train one stage, save its model, and forget its partial checkpoint."""
+        if stage != "vae":
+            self.bank()                                              # before seeding: building it draws random numbers
+        seed_with(self.seed, stage, "start")                         # for the first weights
+        self.save(self.path(stage), None, model=TRAIN[stage](self, stage))
+        self.path(stage, ".partial.pt").unlink(missing_ok=True)
+
     def path(self, stage, ending=".pt"):
         return self.folder / (stage + ending)
 
@@ -1065,14 +1078,13 @@ def command_train(args):
             print(f"{stage:9}: done before")
             continue
         try:
-            run.save(run.path(stage), None, model=TRAIN[stage](run, stage))
+            run.train(stage)
         except KeyboardInterrupt:
             print(f"\n{run.stop.name}: saved at {run.where}. Go on with the same command, less --stage and --fresh.",
                   file=sys.stderr)
             return 128 + run.stop
         except Diverged as trouble:
             raise Trouble(f"{run.where}: {trouble}. The last good checkpoint is kept; most likely a learning rate is too high")
-        run.path(stage, ".partial.pt").unlink(missing_ok=True)
     print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes. Now: python presto.py sample --steps 4 --run {run.folder}")
     return 0
 
@@ -1132,15 +1144,15 @@ def command_eval(args):
 
     wanted = [("teacher", n, cfg.cfg_scale) for n in sorted({4, full // 2, full, 2 * full})] + [("teacher", full, 1.0)]
     wanted += [("presto-l", full, cfg.cfg_scale)] + [("ase", full, cfg.cfg_scale)] * run.path("ase").exists()
-    wanted += [(name, n, 1.0) for name in ("presto-s", "presto-ls") for n in (1, 2, 4, 8, 16)]
+    wanted += [(name, n, 1.0) for name in ("undistilled", "presto-s", "presto-ls") for n in (1, 2, 4, 8, 16)]
     for name, steps, scale in tqdm(wanted, desc="eval", unit="row"):
-        model, c = run.load(name), dataclasses.replace(cfg, cfg_scale=scale)
+        model, c = run.load("teacher" if name == "undistilled" else name), dataclasses.replace(cfg, cfg_scale=scale)
         seed_with(args.seed, "noise")                                # the same noise for every row
         waves = [vae.decode(generate(name, model, part.to(run.device), steps, c)).float().cpu() for part in label.split(48)]
-        times = [timed_clip(name, model, vae, 0, steps, c)[1:] for _ in range(12)][2:]
+        times = [timed_clip(name, model, vae, 0, steps, c)[1:] for _ in range(23)][3:]
         network, decoder = (1000 * statistics.median(column) for column in zip(*times))
         evaluations, blocks = cost(name, steps, c)
-        title = f"{name}, {steps} steps" + f", w = {scale:g}" * (not is_student(name))
+        title = f"{name}, {steps} step{'s' * (steps > 1)}" + f", w = {scale:g}" * (not is_student(name))
         clips[title] = torch.cat(waves)
         rows.append((title, dict(toy_data.score(clips[title], label, reference), evaluations=evaluations, blocks=blocks,
                                  network_ms=network, decoder_ms=decoder)))

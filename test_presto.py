@@ -3,9 +3,15 @@
 Read the names as a summary of presto.py; break a line there, and see which sentence is no longer true.
 """
 
-import copy
+import contextlib
 import dataclasses
+import json
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import soundfile
@@ -392,7 +398,6 @@ def test_latents_have_the_standard_deviation_sigma_data(trained):
 
 
 def test_five_fake_updates_for_each_generator_update(trained, tmp_path, monkeypatch):
-    import shutil
     shutil.copytree(trained, tmp_path / "run")
     order = []
     update = presto.update
@@ -402,7 +407,6 @@ def test_five_fake_updates_for_each_generator_update(trained, tmp_path, monkeypa
 
 
 def test_the_generator_drops_layers_in_presto_ls_and_the_scores_never(trained, tmp_path, monkeypatch):
-    import shutil
     shutil.copytree(trained, tmp_path / "run")
     budgets = {}
     forward = presto.Denoiser.forward
@@ -451,3 +455,193 @@ def test_loud_samples_are_turned_down_and_never_clipped(trained, tmp_path, monke
     presto.main(["sample", "--prompt", "C4 organ", "--run", str(trained), "--out", str(tmp_path), "--device", "cpu"])
     wave, _ = soundfile.read(tmp_path / "C4-organ-000.wav")
     assert "turned down" in capsys.readouterr().out and (abs(wave) > 0.999).sum() <= 2
+
+
+# ---- the figures --------------------------------------------------------------------------------
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    a, b = torch.randn(20_000, 4, dtype=torch.float64), torch.randn(20_000, 4, dtype=torch.float64)
+    assert toy_data.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert toy_data.frechet_distance(a + 3, b) == pytest.approx(4 * 9, rel=0.02)           # 4 means, 3 apart
+    assert toy_data.frechet_distance(3 * a, b) == pytest.approx(4 * (3 - 1) ** 2, rel=0.03)   # 4 deviations, 3 and 1
+    mix = torch.tensor([[1.0, 0.9, 0, 0], [0, 0.4, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.float64)
+    other = torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0], dtype=torch.float64))
+    A, B = mix.T @ mix, other.T @ other
+    values = torch.linalg.eigvals(A @ B).real.sqrt().sum()
+    assert toy_data.frechet_distance(a @ mix, b @ other) == pytest.approx((A.trace() + B.trace() - 2 * values).item(), rel=0.1)
+
+
+def test_mmd_is_unbiased_and_sees_a_shift():
+    same = [toy_data.mmd(torch.randn(300, 8), torch.randn(300, 8)) for _ in range(20)]
+    assert abs(sum(same) / 20) < 0.5 and min(same) < 0 < max(same)
+    assert toy_data.mmd(torch.randn(300, 8) + 1, torch.randn(300, 8)) > 20
+
+
+def test_density_recall_coverage_of_the_same_of_noise_and_of_a_collapse():
+    real, same = torch.randn(500, 8), torch.randn(500, 8)
+    density, coverage, recall = toy_data.density_recall_coverage(same, real)
+    assert density == pytest.approx(1, abs=0.15) and coverage > 0.9 and recall > 0.9
+    assert toy_data.density_recall_coverage(same + 20, real) == (0, 0, 0)
+    few_modes = real[:100].repeat(5, 1)
+    assert toy_data.density_recall_coverage(few_modes, real)[1] < toy_data.density_recall_coverage(same, real)[1] - 0.1
+
+
+def test_a_collapsed_generator_is_all_right_and_yet_found_out():
+    label = torch.full((200,), 3)
+    reference = toy_data.embed(toy_data.make_batch(200, labels=label)[0])
+    one = toy_data.make_batch(1, labels=label[:1])[0].repeat(200, 1)
+    figures = toy_data.score(one, label, reference)
+    assert figures["right"] == 1 and figures["recall"] < 0.05 and figures["coverage"] < 0.1
+    real = toy_data.score(toy_data.make_batch(200, labels=label)[0], label, reference)
+    assert real["recall"] > 0.9 and real["coverage"] > 0.9 and real["fd"] < figures["fd"] / 5
+    noise = toy_data.score(0.1 * torch.randn_like(one), label, reference)
+    assert noise["right"] == 0 and noise["coverage"] == 0 and noise["fd"] > 10 * real["fd"]
+
+
+def test_the_cost_of_each_sampler_is_what_it_calls():
+    assert presto.cost("teacher", 16, CFG) == (31, CFG.depth)
+    assert presto.cost("presto-s", 4, CFG) == (4, CFG.depth)
+    evaluations, blocks = presto.cost("presto-ls", 4, CFG)
+    assert evaluations == 4 and blocks < CFG.depth
+
+
+def test_eval_writes_a_table_and_one_page_that_needs_nothing_else(trained, capsys):
+    assert presto.main(["eval", "--run", str(trained), "--count", "2", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    saved = json.loads((trained / "eval.json").read_text())["rows"]
+    assert "presto-ls, 4 steps" in out and saved["presto-ls, 4 steps"]["evaluations"] == 4
+    text = (trained / "report.html").read_text()
+    assert text.count("<audio controls aria-label=") == text.count("<canvas role='img' aria-label=") > 20
+    assert "http" not in text and "<th scope='row'>presto-s, 16 steps</th>" in text
+
+
+# ---- faults and bad input -----------------------------------------------------------------------
+
+
+def weights(folder):
+    return {p.name: torch.load(p, weights_only=True)["parts"]["model"] for p in sorted(folder.glob("*.pt"))}
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys() and "presto-ls.pt" in a
+    return all(torch.equal(a[f][k], b[f][k]) for f in a for k in a[f])
+
+
+def test_the_same_seed_trains_the_same_weights_and_an_interrupted_run_ends_alike(trained, tmp_path):
+    """SIGINT after a few steps, again and again: every restart goes on where the last one stopped."""
+    command = [sys.executable, presto.__file__, "train", "--preset", "tiny", "--out", str(tmp_path / "a"), "--device", "cpu",
+               "--save-every", "0"]
+    stops = 0
+    for delay in (3.0, 4.0, 5.0, 60.0):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT if stops == 0 else signal.SIGKILL)
+            stops += 1
+        process.communicate()
+    assert process.returncode == 0 and stops >= 1
+    assert same_weights(trained, tmp_path / "a")
+
+
+def test_a_stopped_stage_goes_on_bit_for_bit(trained, tmp_path):
+    for stage in presto.STAGES:
+        folder = tmp_path / stage
+        shutil.copytree(trained, folder)
+        for file in [*folder.glob("*.partial.pt"), folder / f"{stage}.pt"]:
+            file.unlink(missing_ok=True)
+        run = presto.Run(folder, CFG, 0, torch.device("cpu"), save_every=-1)   # saves before every step
+        run.listens = lambda step, total: step >= 1 and setattr(run, "stop", signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt) if stage != "presto-s" and stage != "presto-ls" else contextlib.nullcontext():
+            run.train(stage)
+        presto.Run(folder, CFG, 0, torch.device("cpu")).train(stage)
+    assert all(same_weights(trained, tmp_path / stage) for stage in presto.STAGES)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("bomb-went-off",)
+
+
+def spoil(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "missing":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "one bit flipped":
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    elif how == "another program's":
+        torch.save({"epoch": 3}, path)
+    elif how == "a crafted pickle":
+        torch.save(Bomb(), path)
+    elif how == "a missing key":
+        saved = torch.load(path, weights_only=True)
+        del saved["parts"]["model"]["net.position"]
+        torch.save(saved, path)
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "truncated", "one bit flipped", "another program's", "a crafted pickle",
+                                 "a missing key"])
+def test_a_spoilt_checkpoint_gets_one_line_that_names_it(trained, tmp_path, capsys, monkeypatch, how):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, tmp_path / "run")
+    spoil(tmp_path / "run" / "presto-ls.pt", how)
+    assert presto.main(["sample", "--run", "run", "--out", "out", "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "presto-ls.pt" in err and "train" in err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "bomb-went-off").exists()
+
+
+S, T = ["sample", "--run", "RUN", "--out", "OUT"], ["train", "--preset", "tiny", "--out", "OUT"]
+BAD = [
+    *[(S + ["--prompt", p], "unknown prompt") for p in ("H3 saw", "A3 piano", "saw A3", "", "../../etc", "音 saw", "x" * 10_000, "A3")],
+    (S + ["--prompt", "A3 sow"], "did you mean A3 saw"), (S + ["--prompt", "saw A3"], "did you mean A3 saw"),
+    *[(S + ["--steps", x], f"'{x}'") for x in ("0", "-1", "1.5", "1000000000", "abc", "", "nan")],
+    *[(S + ["--count", x], f"'{x}'") for x in ("0", "-3", "1e9", "many")],
+    *[(S + ["--seed", x], f"'{x}'") for x in ("-1", "x", "99999999999")],
+    (S + ["--model", "presto"], "presto-ls"), (S + ["--device", "tpu"], "cpu"), (S + ["--step", "4"], "--step"),
+    (S + ["--model", "ase"], "ase.pt"), (S + ["extra"], "extra"), (S[:1] + ["--run", "nowhere"], "nowhere"),
+    (["sample", "--run", "RUN", "--out", "FILE"], "FILE"), (["paint"], "train"), (["train", "--out", "FILE"], "FILE"),
+    (T + ["--preset", "huge"], "tiny"), (T + ["--stage", "presto"], "presto-ls"), (T + ["--seed", "abc"], "abc"),
+    (T + ["--device", "tpu"], "cpu"), (T + ["--width", "18"], "18"), (T + ["--heads", "3"], "divide --width"),
+    (T + ["--depth", "0"], "0"), (T + ["--depth", "1"], "half-way"), (T + ["--budgets", "1,2"], "shares"),
+    (T + ["--budgets", "a,b"], "commas"), (T + ["--budgets", ""], "commas"), (T + ["--stride", "500"], "8192"),
+    (T + ["--stride", "4096"], "8 frames"), (T + ["--sigma_min", "90"], "sigma_max"), (T + ["--sigma_data", "0"], "above 0"),
+    (T + ["--rho", "nan"], "nan"), (T + ["--vae_lr", "inf"], "inf"), (T + ["--teacher_steps", "0"], "0"),
+    (T + ["--teacher_steps", "2.5"], "2.5"), (T + ["--shift", "maybe"], "true or false"), (T + ["--p_gen", "five"], "four"),
+    (T + ["--p_dmd", "four"], "train, inf"), (T + ["--label_dropout", "1"], "below 1"), (T + ["--teacher_ema", "1"], "below 1"),
+    (T + ["--nu1", "-1"], "negative"), (T + ["--save-every", "-1"], "-1"),
+    (["train", "--preset", "tiny", "--depth", "6", "--out", "RUN"], "depth (4 there, 6 here)"),
+    (["train", "--preset", "tiny", "--seed", "3", "--out", "RUN"], "seed (0 there, 3 here)"),
+    (["eval", "--run", "nowhere"], "nowhere"), (["eval", "--run", "RUN", "--count", "1"], "'1'"),
+]
+
+
+@pytest.mark.parametrize("arguments, says", BAD, ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else "")
+def test_bad_input_gets_one_line_and_status_2_and_writes_nothing(trained, tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("a file")
+    before = sorted(p.name for p in trained.iterdir())
+    status = presto.main([str(trained) if a == "RUN" else a for a in arguments])
+    out, err = capsys.readouterr()
+    assert status == 2 and err.count("\n") == 1 and err.startswith("presto.py: ") and says in err, err
+    assert [p.name for p in tmp_path.iterdir()] == ["FILE"] and sorted(p.name for p in trained.iterdir()) == before
+
+
+def test_a_loss_that_is_no_number_stops_training_and_says_where(tmp_path, capsys):
+    assert presto.main(["train", "--preset", "tiny", "--out", str(tmp_path), "--device", "cpu", "--vae_lr", "1e30"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "vae, step" in err and "learning rate" in err and not (tmp_path / "vae.pt").exists()
+
+
+def test_help_teaches(capsys):
+    assert presto.main([]) == 0 and "sample --steps 4" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        presto.main(["train", "-h"])
+    assert "fake-score updates per generator update" in capsys.readouterr().out

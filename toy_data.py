@@ -4,8 +4,10 @@ Text-to-music needs a data set, a text encoder, and listeners. This file replace
 something that runs anywhere and can be checked:
 
 1. making tones    `make_batch` draws (waveform, label) pairs from a seeded generator, without end
-2. naming them     `A3 saw` is what the text prompt is in the paper; `parse_prompt`, `prompt_name`
+2. naming them     `A3 saw` is what the text prompt is in the paper: `parse_prompt`
 3. listening       `listen` estimates pitch, timbre and envelope from a waveform alone
+4. scoring         `score` compares a set of clips with real ones: Frechet distance, MMD, coverage, ...
+5. showing         `page` makes one HTML file to hear and see clips
 
 Nothing here knows about diffusion, and nothing in presto.py looks at how a tone was made.
 """
