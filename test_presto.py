@@ -510,7 +510,7 @@ def test_eval_writes_a_table_and_one_page_that_needs_nothing_else(trained, capsy
     assert presto.main(["eval", "--run", str(trained), "--count", "2", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     saved = json.loads((trained / "eval.json").read_text())["rows"]
-    assert "presto-ls, 4 steps" in out and saved["presto-ls, 4 steps"]["evaluations"] == 4
+    assert "presto-ls, 4 steps" in out and saved["presto-ls, 4 steps"]["passes"] == 4
     text = (trained / "report.html").read_text()
     assert text.count("<audio controls aria-label=") == text.count("<canvas role='img' aria-label=") > 20
     assert "http" not in text and "<th scope='row'>presto-s, 16 steps</th>" in text

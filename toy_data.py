@@ -278,6 +278,7 @@ body { font: 1rem/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; pad
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #8886 }
 th:first-child { text-align: left; position: sticky; left: 0; background: Canvas }
+@media (max-width: 40rem) { th:first-child { white-space: normal; min-width: 7rem } }
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem }
 figure { margin: 0 } canvas, audio { width: 100%%; display: block }
 canvas { height: 7rem; image-rendering: pixelated; border-radius: .3rem } audio { height: 2.5rem; margin-top: .3rem }
