@@ -323,6 +323,7 @@ class DiT(nn.Module):
         self.depth, self.shift, self.budget_embedding = cfg.depth, shift, budget_embedding
         self.inp = nn.Linear(cfg.latent_channels, cfg.width)
         self.position = nn.Parameter(0.02 * torch.randn(cfg.frames, cfg.width))
+        # c_noise spans about 2.6 from sigma_min to sigma_max: waves from longer than that to a fortieth of it.
         self.register_buffer("frequencies", torch.logspace(0, 2, cfg.width // 2))
         self.sigma_mlp = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.SiLU(), nn.Linear(cfg.width, cfg.width))
         self.label_table = nn.Embedding(NUM_CLASSES + 1, cfg.width)  # the last row is the null label
@@ -399,7 +400,8 @@ class Denoiser(nn.Module):
         self.net = DiT(cfg, **dit_options)
 
     def scaled(self, x, sigma):
-        """sigma as (batch or 1, 1, 1), c_in * x, and c_noise (batch or 1,): EDM, table 1."""
+        """sigma as (batch, 1, 1), c_in * x, and c_noise (batch,): EDM, table 1. For a scalar sigma batch is 1,
+        and broadcasts."""
         sigma = sigma.reshape(-1, 1, 1)
         return sigma, x / (sigma**2 + self.sigma_data**2).sqrt(), sigma.flatten().log() / 4
 
@@ -545,7 +547,8 @@ def update(loss, optimizer, lr):
 
 
 def averaged(model, decay):
-    """An exponential moving average of a model's weights: the model that is sampled and saved."""
+    """An exponential moving average of a model's weights: the model that is sampled and saved. Its first update
+    copies the weights."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
@@ -905,7 +908,7 @@ class Run:
                 seed_with(self.seed, stage, step)
                 yield step
                 self.bar.update()
-        seed_with(self.seed, stage, total)
+        seed_with(self.seed, stage, total)                           # for what a loop draws after its last step
 
     def show(self, **values):
         """Show figures at the bar's end: losses as they are now, `right` as it was last heard."""

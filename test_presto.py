@@ -418,6 +418,21 @@ def test_the_generator_drops_layers_in_presto_ls_and_the_scores_never(trained, t
     assert sum(all(b) for b in budgets.values()) == 1  # one denoiser drops layers always, the others never
 
 
+def test_presto_s_starts_from_the_teacher_and_presto_ls_from_presto_l(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    assert presto.main(["train", "--preset", "tiny", "--out", str(tmp_path / "run"), "--device", "cpu", "--stage", "presto-s",
+                        "--generator_lr", "0"]) == 0    # a generator that cannot learn stays what it started from
+    run = presto.Run.existing(tmp_path / "run", torch.device("cpu"))
+    for student, start in (("presto-s", "teacher"), ("presto-ls", "presto-l")):
+        started, ended = run.load(start).state_dict(), run.load(student).state_dict()
+        assert all(torch.allclose(started[k], ended[k], atol=1e-7) for k in started)
+
+
+def test_training_never_moves_the_budget_row_of_full_depth(trained):
+    rows = presto.Run.existing(trained, torch.device("cpu")).load("presto-l").net.budget_table.weight
+    assert rows[CFG.depth].abs().max() == 0 and rows.abs().max() > 0
+
+
 def test_what_is_sampled_is_the_average_of_the_weights(trained, monkeypatch, tmp_path):
     run = presto.Run(tmp_path, CFG, 0, torch.device("cpu"))
     shown = []
