@@ -1232,7 +1232,7 @@ def make_parser():
     commands = parser.add_subparsers(dest="command", metavar="train | sample | eval", parser_class=Parser)
 
     def command(name, function, help, description, folder):
-        sub = commands.add_parser(name, allow_abbrev=False, help=help, description=description)
+        sub = commands.add_parser(name, usage=f"presto.py {name} [options]", allow_abbrev=False, help=help, description=description)
         sub.add_argument("--seed", default=0, type=parse_as(int, 0, 2**31), help="the same seed gives the same bytes (default 0)")
         sub.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
         sub.add_argument(folder, default="runs/presto", help="the run's folder (default %(default)s)")
