@@ -51,6 +51,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -153,7 +154,7 @@ PRESETS = {
     "gpu": dict(vae_width=384, vae_steps=20000, vae_batch=64, width=384, depth=12, heads=6, bank=65536,
                 teacher_steps=20000, batch=256, teacher_lr=5e-4, teacher_ema=0.9995, layer_steps=4000,
                 student_steps=2000, student_batch=128, generator_lr=5e-5, fake_lr=1e-4, student_ema=0.995),
-    "tiny": dict(stride=512, latent_channels=4, vae_width=16, encoder_blocks=1, decoder_blocks=1, vae_steps=4,
+    "tiny": dict(latent_channels=4, vae_width=16, encoder_blocks=1, decoder_blocks=1, vae_steps=4,
                  vae_batch=4, width=16, depth=4, heads=2, bank=64, teacher_steps=4, batch=8, layer_steps=3,
                  student_steps=2, student_batch=4, teacher_sampling_steps=4),
 }
@@ -578,7 +579,7 @@ def drop_labels(label, share):
 
 
 def train_teacher(run, stage):
-    cfg, bank = run.cfg, run.bank()
+    cfg, bank = run.cfg, run.bank
     model = Denoiser(cfg).to(run.device)
     ema = averaged(model, cfg.teacher_ema)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
@@ -644,7 +645,7 @@ def layer_loss(model, x_real, label, sigma, budget, self_teacher, cfg):
 
 
 def train_layers(run, stage):
-    cfg, bank = run.cfg, run.bank()
+    cfg, bank = run.cfg, run.bank
     model = Denoiser(cfg, **run.dit_options(stage)).to(run.device)
     model.load_state_dict(run.load("teacher").state_dict())
     ema = averaged(model, cfg.teacher_ema)
@@ -745,13 +746,12 @@ def train_steps(run, stage):
     Both scores keep full depth ("full-capacity score estimation", our reading): they are a measuring
     instrument, and cost nothing at inference.
     """
-    cfg, bank = run.cfg, run.bank()
-    teacher = run.load("teacher").requires_grad_(False)
+    cfg, bank = run.cfg, run.bank
+    teacher = run.load("teacher")
     real_score = guided(teacher, cfg.dmd_cfg_scale)
     fake_score = copy.deepcopy(teacher).requires_grad_(True)
     head = Discriminator(cfg).to(run.device)
-    model = run.load("presto-l") if stage == "presto-ls" else copy.deepcopy(teacher)
-    model.requires_grad_(True)
+    model = run.load("presto-l" if stage == "presto-ls" else "teacher").requires_grad_(True)
     generator = with_budget(model, cfg.budgets_ls, cfg) if stage == "presto-ls" else model
     ema = averaged(model, cfg.student_ema)
     generator_optimizer = torch.optim.Adam(model.parameters(), fused=True)
@@ -883,13 +883,16 @@ class Run:
 
     def __init__(self, folder, cfg, seed, device, save_every=60.0):
         self.folder, self.cfg, self.seed, self.device = pathlib.Path(folder), cfg, seed, device
-        self.save_every, self.stop, self._bank = save_every, None, None
+        self.save_every, self.stop = save_every, None
 
     # ---- what the training loops use ----------------------------------------------------------
+    @functools.cached_property
+    def vae(self):
+        return self.load("vae")
+
+    @functools.cached_property
     def bank(self):
-        if self._bank is None:
-            self._bank = LatentBank(self.load("vae"), self.cfg, self.seed)
-        return self._bank
+        return LatentBank(self.vae, self.cfg, self.seed)
 
     def steps(self, stage, total, **parts):
         """Yield a stage's step numbers, from where an interrupted run stopped; save `parts` at intervals."""
@@ -926,13 +929,13 @@ class Run:
         seed_with(self.seed, "listen")
         latents = generate(stage, model, label, 4 if is_student(stage) else self.cfg.teacher_sampling_steps, self.cfg)
         with torch.no_grad():
-            return share_right(self.load("vae").decode(latents), label)
+            return share_right(self.vae.decode(latents), label)
 
     # ---- checkpoints --------------------------------------------------------------------------
     def train(self, stage):
         """Train one stage, save its model, and forget its partial checkpoint."""
         if stage != "vae":
-            self.bank()                                              # before seeding: it builds a VAE, from random weights
+            self.bank                                                # before seeding: it builds a VAE, from random weights
         seed_with(self.seed, stage, "start")                         # for the first weights
         self.save(self.path(stage), None, model=TRAIN[stage](self, stage))
         self.path(stage, ".partial.pt").unlink(missing_ok=True)
@@ -1122,7 +1125,7 @@ def command_sample(args):
     if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
         raise Trouble(f"--out {out}: not a folder that can be written to")
     steps = args.steps or (4 if is_student(args.model) else run.cfg.teacher_sampling_steps)
-    model, vae = run.load(args.model), run.load("vae")
+    model, vae = run.load(args.model), run.vae
     timed_clip(args.model, model, vae, labels[0], steps, run.cfg)    # warm-up, so that the first is timed as the rest
     print(f"{args.model}, {steps} steps, seed {args.seed}\n{'file':20}{'asked':13}{'heard':13}{'cents':>5}{'tonal':>7}")
     right, times, shown = 0, [], {}
@@ -1159,7 +1162,7 @@ COLUMNS = dict(fd=".3f", mmd=".2f", right=".3f", pitch=".3f", timbre=".3f", dens
 def command_eval(args):
     """The paper's table in miniature: every model of a run against real clips, and what each costs."""
     run = Run.existing(args.run, pick_device(args.device))
-    cfg, vae, full = run.cfg, run.load("vae"), run.cfg.teacher_sampling_steps
+    cfg, vae, full = run.cfg, run.vae, run.cfg.teacher_sampling_steps
     label = torch.arange(NUM_CLASSES).repeat(args.count)
 
     def real(name):
@@ -1172,10 +1175,9 @@ def command_eval(args):
     rows = {title: toy_data.score(wave, label, reference) for title, wave in clips.items()}
 
     guidance = cfg.cfg_scale
-    wanted = [("teacher", n, guidance) for n in (4, 8, 16, 32)] + [("teacher", full, 1.0), ("presto-l", full, guidance)]
+    wanted = [("teacher", n, guidance) for n in sorted({4, 8, 16, 32, full})] + [("teacher", full, 1.0), ("presto-l", full, guidance)]
     wanted += [("ase", full, guidance)] * run.path("ase").exists()
     wanted += [(name, n, 1.0) for name in ("undistilled", "presto-s", "presto-ls") for n in (1, 2, 4, 8, 16)]
-    saturated = sum(timed_median("teacher", run.load("teacher"), vae, full, cfg))
     for name, steps, scale in tqdm(wanted, desc="eval", unit="row"):
         model, c = run.load("teacher" if name == "undistilled" else name), dataclasses.replace(cfg, cfg_scale=scale)
         seed_with(args.seed, "noise")                                # the same for every row
@@ -1185,8 +1187,12 @@ def command_eval(args):
         title = f"{name}, {steps} step{'s' * (steps > 1)}" + f", w = {scale:g}" * (not is_student(name))
         clips[title] = torch.cat(waves)
         rows[title] = dict(toy_data.score(clips[title], label, reference), passes=passes, blocks=blocks,
-                           network_ms=1000 * network, decoder_ms=1000 * decoder,
-                           real_time=CLIP_SECONDS / (network + decoder), speedup=saturated / (network + decoder))
+                           network_ms=1000 * network, decoder_ms=1000 * decoder, real_time=CLIP_SECONDS / (network + decoder))
+        if (name, steps, scale) == ("teacher", full, guidance):
+            saturated = rows[title]
+    for row in rows.values():
+        if "real_time" in row:
+            row["speedup"] = row["real_time"] / saturated["real_time"]
 
     table = [[title, *(format(row[c], f) if c in row else "" for c, f in COLUMNS.items())] for title, row in rows.items()]
     print("".join(f"{cell:>{max(len(cell) + 2, 8)}}" if i else f"{'':28}" for i, cell in enumerate(["", *COLUMNS])))
