@@ -51,6 +51,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import difflib
 import functools
 import io
 import json
@@ -80,9 +81,11 @@ from toy_data import CLIP_SECONDS, NULL_LABEL, NUM_CLASSES
 STAGES = ["vae", "teacher", "presto-l", "presto-s", "presto-ls"]   # in the order in which they are trained
 
 
-def knob(stage, default, why):
-    """A Config field: its value, the first stage that it changes, and its reason (shown by `train -h`)."""
-    return dataclasses.field(default=default, metadata={"stage": stage, "why": why})
+def knob(stage, default, why, low=None, high=1e7, choices=None):
+    """A Config field: its value, the first stage that it changes, its reason (shown by `train -h`), and what
+    the command line accepts for it: at least 1 for a whole number and 0 for another, unless `low` says more."""
+    low = low if low is not None else 1 if type(default) is int else 0.0
+    return dataclasses.field(default=default, metadata=dict(stage=stage, why=why, low=low, high=high, choices=choices))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,37 +104,38 @@ class Config:
     vae_lr: float = knob("vae", 1e-3, "AdamW's learning rate, falling to zero")
     # DiT and EDM
     width: int = knob("teacher", 128, "channels of a token")
-    depth: int = knob("teacher", 8, "blocks; the paper has 28")
+    depth: int = knob("teacher", 8, "blocks; the paper has 28", low=2)
     heads: int = knob("teacher", 4, "attention heads")
-    sigma_data: float = knob("vae", 0.5, "standard deviation of the latents (EDM)")
-    sigma_min: float = knob("teacher", 0.002, "lowest noise level (EDM)")
+    sigma_data: float = knob("vae", 0.5, "standard deviation of the latents (EDM)", low=1e-3)
+    sigma_min: float = knob("teacher", 0.002, "lowest noise level (EDM)", low=1e-6)
     sigma_max: float = knob("teacher", 80.0, "highest noise level (EDM)")
-    rho: float = knob("teacher", 7.0, "bends the sigma schedule towards low noise (EDM)")
+    rho: float = knob("teacher", 7.0, "bends the sigma schedule towards low noise (EDM)", low=1.0)
     P_mean: float = knob("teacher", 0.4, "mean of ln sigma in training; EDM's -1.2, for images, is too low: a "
-                                         "tone is many dimensions moving together, still heard at sigma = 10")
+                                         "tone is many dimensions moving together, still heard at sigma = 10", low=-20.0)
     P_std: float = knob("teacher", 1.6, "standard deviation of ln sigma in training (EDM: 1.2)")
     # Teacher
     bank: int = knob("teacher", 16384, "clips encoded once, from which all later stages draw their x_real")
     teacher_steps: int = knob("teacher", 4500, "training steps")
     batch: int = knob("teacher", 32, "clips a step, for the teacher and Presto-L")
     teacher_lr: float = knob("teacher", 1e-3, "Adam's learning rate, falling to zero")
-    teacher_ema: float = knob("teacher", 0.998, "decay of the averaged weights, which are what is sampled")
-    label_dropout: float = knob("teacher", 0.1, "share of null labels, so that CFG has its two halves")
+    teacher_ema: float = knob("teacher", 0.998, "decay of the averaged weights, which are what is sampled", high=0.99999)
+    label_dropout: float = knob("teacher", 0.1, "share of null labels, so that CFG has its two halves", high=0.99)
     cfg_scale: float = knob("teacher", 1.25, "w of classifier-free guidance when the teacher is sampled")
     teacher_sampling_steps: int = knob("teacher", 16, "Heun steps at which the teacher stops improving")
     # Presto-L
     budgets: tuple = knob("presto-l", (1.0, 1.0, .86, .86, .71, .71, .57, .57, .43, .43),
-                          "share of the blocks that run, over ten bins of noise from clean to noisy (ASE)")
+                          "share of the blocks that run, over ten bins of noise from clean to noisy (ASE)", low=0.01, high=1.0)
     shift: bool = knob("presto-l", True, "drop before the last block, not after the exit (change 1 to ASE)")
     budget_embedding: bool = knob("presto-l", True, "tell the network how many blocks will run (change 2)")
     self_teacher: float = knob("presto-l", 1.0, "weight of L_st, full depth teaching the short pass (change 3)")
     layer_steps: int = knob("presto-l", 800, "training steps")
     layer_lr: float = knob("presto-l", 3e-4, "Adam's learning rate, falling to zero (ASE: 1e-5, at its scale)")
     # Presto-S and Presto-LS
-    p_gen: str = knob("presto-s", "inf", "noise on the generator's input: inf, train, or four (DMD2's fixed sigmas)")
-    p_dmd: str = knob("presto-s", "train", "noise under which the two scores are compared: train or inf")
-    p_dsm: str = knob("presto-s", "train", "noise under which the fake score learns: train or inf")
-    p_gan: str = knob("presto-s", "train", "noise under which the discriminator listens: train or inf")
+    p_gen: str = knob("presto-s", "inf", "noise on the generator's input: inf, train, or four (DMD2's fixed sigmas)",
+                      choices=["inf", "train", "four"])
+    p_dmd: str = knob("presto-s", "train", "noise under which the two scores are compared: train or inf", choices=["train", "inf"])
+    p_dsm: str = knob("presto-s", "train", "noise under which the fake score learns: train or inf", choices=["train", "inf"])
+    p_gan: str = knob("presto-s", "train", "noise under which the discriminator listens: train or inf", choices=["train", "inf"])
     nu1: float = knob("presto-s", 0.01, "weight of the GAN term in the generator's loss (paper)")
     nu2: float = knob("presto-s", 0.005, "weight of the GAN term in the fake score's loss (paper)")
     dmd_cfg_scale: float = knob("presto-s", 1.05, "w of guidance in DMD's real score; more makes every step louder")
@@ -140,9 +144,12 @@ class Config:
     student_batch: int = knob("presto-s", 32, "clips a step")
     generator_lr: float = knob("presto-s", 1e-4, "Adam's learning rate, constant (paper: 5e-7 at its scale)")
     fake_lr: float = knob("presto-s", 2e-4, "Adam's learning rate of fake score and head, constant")
-    student_ema: float = knob("presto-s", 0.98, "decay of the generator's averaged weights")
+    student_ema: float = knob("presto-s", 0.98, "decay of the generator's averaged weights", high=0.99999)
     budgets_ls: tuple = knob("presto-ls", (1.0, 1.0, 1.0, .86, .86, .71, .71, .57, .57, .57),
-                             "as budgets, but milder, for Presto-LS's generator (our reading)")
+                             "as budgets, but milder, for Presto-LS's generator (our reading)", low=0.01, high=1.0)
+    ls_start: str = knob("presto-ls", "presto-l", "what Presto-LS's generator starts from: layers first, then steps (our reading)",
+                         choices=["presto-l", "presto-s", "teacher"])
+    full_scores: bool = knob("presto-ls", True, "Presto-LS's two scores keep full depth (our reading)")
 
     @property
     def frames(self):
@@ -317,11 +324,14 @@ class DiT(nn.Module):
     Which blocks run is the first lesson of Presto-L. ASE's early exit takes the first `budget` blocks and
     goes straight to the output layer. `shift` drops before the last block instead: budget - 1 blocks from
     the front, then the last one, which always runs (our reading).
+
+    `half` stops half-way and returns the hidden state (batch, frames, width), which the discriminator reads
+    (the paper: after block 14 of 28). The upper half is not run: the head does not need it.
     """
 
-    def __init__(self, cfg, shift=True, budget_embedding=True):
+    def __init__(self, cfg):
         super().__init__()
-        self.depth, self.shift, self.budget_embedding = cfg.depth, shift, budget_embedding
+        self.depth, self.shift, self.budget_embedding = cfg.depth, cfg.shift, cfg.budget_embedding
         self.inp = nn.Linear(cfg.latent_channels, cfg.width)
         self.position = nn.Parameter(0.02 * torch.randn(cfg.frames, cfg.width))
         # c_noise spans about 2.6 from sigma_min to sigma_max: waves from longer than that to a fortieth of it.
@@ -340,14 +350,6 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def embed(self, x, c_noise, label, budget):
-        """Tokens (batch, frames, width) and the conditioning vector (batch, width)."""
-        angles = c_noise[:, None] * self.frequencies                 # (batch or 1, width / 2)
-        c = self.sigma_mlp(torch.cat([angles.cos(), angles.sin()], dim=-1)) + self.label_table(label)
-        if self.budget_embedding and budget is not None:
-            c = c + self.budget_table(torch.as_tensor(budget, device=x.device).reshape(-1))
-        return self.inp(x.mT) + self.position, F.silu(c)
-
     def runs(self, index, budget):
         """Whether block `index` runs: a bool for an int budget, booleans (batch,) for one a sample."""
         if budget is None:
@@ -356,26 +358,22 @@ class DiT(nn.Module):
             index = 0 if index == self.depth - 1 else index + 1
         return index < budget
 
-    def forward(self, x, c_noise, label, budget=None):               # (batch, channels, frames)
-        h, c = self.embed(x, c_noise, label, budget)
-        for index, block in enumerate(self.blocks):
+    def forward(self, x, c_noise, label, budget=None, half=False):   # (batch, channels, frames)
+        angles = c_noise[:, None] * self.frequencies                 # (batch or 1, width / 2)
+        c = self.sigma_mlp(torch.cat([angles.cos(), angles.sin()], dim=-1)) + self.label_table(label)
+        if self.budget_embedding and budget is not None:
+            c = c + self.budget_table(torch.as_tensor(budget, device=x.device).reshape(-1))
+        h, c = self.inp(x.mT) + self.position, F.silu(c)             # (batch, frames, width), (batch, width)
+        for index, block in enumerate(self.blocks[: self.depth // 2] if half else self.blocks):
             keep = self.runs(index, budget)
             if torch.is_tensor(keep):
                 h = torch.where(keep[:, None, None], block(h, c), h)
             elif keep:
                 h = block(h, c)
+        if half:
+            return h
         shift, scale = self.final_adaln(c)[:, None].chunk(2, dim=-1)
         return self.final_out(self.final_norm(h) * (1 + scale) + shift).mT
-
-    def halfway(self, x, c_noise, label):
-        """The hidden state (batch, frames, width) after half of the blocks, for the discriminator.
-
-        The paper reads block 14 of 28. The upper half is not run: the head does not need it.
-        """
-        h, c = self.embed(x, c_noise, label, None)
-        for block in self.blocks[: self.depth // 2]:
-            h = block(h, c)
-        return h
 
 
 # ================================================================================================
@@ -395,31 +393,19 @@ class Denoiser(nn.Module):
     """D_theta of EDM's equation 7: preconditioning around a DiT, so that its input and its target have
     unit variance at every noise level."""
 
-    def __init__(self, cfg, **dit_options):
+    def __init__(self, cfg):
         super().__init__()
         self.sigma_data = cfg.sigma_data
-        self.net = DiT(cfg, **dit_options)
+        self.net = DiT(cfg)
 
-    def scaled(self, x, sigma):
-        """sigma as (batch, 1, 1), c_in * x, and c_noise (batch,): EDM, table 1. For a scalar sigma batch is 1,
-        and broadcasts."""
-        sigma = sigma.reshape(-1, 1, 1)
-        return sigma, x / (sigma**2 + self.sigma_data**2).sqrt(), sigma.flatten().log() / 4
-
-    def forward(self, x, sigma, label, budget=None):
-        sigma, c_in_x, c_noise = self.scaled(x, sigma)
+    def forward(self, x, sigma, label, budget=None, half=False):
+        sigma = sigma.reshape(-1, 1, 1)                              # a scalar broadcasts
         variance = sigma**2 + self.sigma_data**2
-        c_skip = self.sigma_data**2 / variance
-        c_out = sigma * self.sigma_data / variance.sqrt()
+        c_in_x, c_noise = x / variance.sqrt(), sigma.flatten().log() / 4
+        c_skip, c_out = self.sigma_data**2 / variance, sigma * self.sigma_data / variance.sqrt()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            F_x = self.net(c_in_x, c_noise, label, budget)
-        return c_skip * x + c_out * F_x.float()
-
-    def halfway(self, x, sigma, label):
-        """Hidden state (batch, frames, width) half-way through the network, for the discriminator."""
-        _, c_in_x, c_noise = self.scaled(x, sigma)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            return self.net.halfway(c_in_x, c_noise, label).float()
+            F_x = self.net(c_in_x, c_noise, label, budget, half)
+        return F_x.float() if half else c_skip * x + c_out * F_x.float()
 
 
 def rho_schedule(u, cfg):
@@ -623,11 +609,11 @@ def budget_at(sigma, shares, cfg):
 
 
 def with_budget(model, shares, cfg):
-    """A model that runs only the blocks that its noise level deserves: a denoiser again."""
-    return lambda x, sigma, label: model(x, sigma, label, budget_at(sigma, shares, cfg))
+    """A model that runs only the blocks that its noise level deserves: a denoiser again. No shares: all blocks."""
+    return model if shares is None else lambda x, sigma, label, **options: model(x, sigma, label, budget_at(sigma, shares, cfg), **options)
 
 
-def layer_loss(model, x_real, label, sigma, budget, self_teacher, cfg):
+def layer_loss(model, x_real, label, sigma, budget, cfg):
     """Presto-L's loss: L_DSM of the shortened pass + self_teacher * L_st.
 
     L_st is the same weighted distance, from the short pass to the full-depth pass of the same weights on
@@ -637,25 +623,35 @@ def layer_loss(model, x_real, label, sigma, budget, self_teacher, cfg):
     x = add_noise(x_real, sigma)
     short = model(x, sigma, label, budget)
     loss = dsm_loss(short, x_real, sigma, cfg.sigma_data)
-    if self_teacher > 0:
+    if cfg.self_teacher > 0:
         with torch.no_grad():
             full = model(x, sigma, label)
-        loss = loss + self_teacher * dsm_loss(short, full, sigma, cfg.sigma_data)
+        loss = loss + cfg.self_teacher * dsm_loss(short, full, sigma, cfg.sigma_data)
     return loss
+
+
+def hidden_variances(model, bank, sigma, budget):
+    """Variance of the hidden state after each block that runs, on 64 latents at one noise level: what Presto!
+    means to preserve (abstract). The last one is what the output layer gets to see."""
+    seen = []
+    hooks = [block.register_forward_hook(lambda _, inputs, h: seen.append(h.var().item())) for block in model.net.blocks]
+    x_real, label = bank.draw(64)
+    model(add_noise(x_real, sigma), sigma, label, budget)
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 def train_layers(run, stage):
     cfg, bank = run.cfg, run.bank
-    model = Denoiser(cfg, **run.dit_options(stage)).to(run.device)
-    model.load_state_dict(run.load("teacher").state_dict())
+    model = run.load("teacher").requires_grad_(True)
     ema = averaged(model, cfg.teacher_ema)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
-    self_teacher = 0.0 if stage == "ase" else cfg.self_teacher
     for step in run.steps(stage, cfg.layer_steps, model=model, ema=ema, optimizer=optimizer):
         x_real, label = bank.draw(cfg.batch)
         label = drop_labels(label, cfg.label_dropout)
         sigma = draw_sigma("train", cfg.batch, cfg, run.device)
-        loss = layer_loss(model, x_real, label, sigma, budget_at(sigma, cfg.budgets, cfg), self_teacher, cfg)
+        loss = layer_loss(model, x_real, label, sigma, budget_at(sigma, cfg.budgets, cfg), cfg)
         update(loss, optimizer, anneal(cfg.layer_lr, step, cfg.layer_steps))
         ema.update_parameters(model)
         run.show(loss=loss)
@@ -719,7 +715,7 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, draw_sigma(cfg.p_dmd, count, cfg, device), label, real_score, fake_score)
     sigma = draw_sigma(cfg.p_gan, count, cfg, device)                # step 7
-    rating = head(fake_score.halfway(add_noise(x_gen, sigma), sigma, label))   # step 8
+    rating = head(fake_score(add_noise(x_gen, sigma), sigma, label, half=True))   # step 8
     return dmd_loss(x_gen, gradient) + cfg.nu1 * (rating - 1).square().mean()
 
 
@@ -735,7 +731,7 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
     loss = dsm_loss(fake_score(add_noise(x_gen, sigma), sigma, label), x_gen, sigma, cfg.sigma_data)   # step 6
     sigma = draw_sigma(cfg.p_gan, count, cfg, device).repeat(2)      # step 7
     both = torch.cat([x_gen, x_real])
-    rating = head(fake_score.halfway(add_noise(both, sigma), sigma, label.repeat(2)))   # step 8
+    rating = head(fake_score(add_noise(both, sigma), sigma, label.repeat(2), half=True))   # step 8
     rating_gen, rating_real = rating.chunk(2)
     return loss + cfg.nu2 * (rating_gen.square().mean() + (rating_real - 1).square().mean())
 
@@ -746,16 +742,17 @@ def train_steps(run, stage):
     Both scores keep full depth ("full-capacity score estimation", our reading): they are a measuring
     instrument, and cost nothing at inference.
     """
-    cfg, bank = run.cfg, run.bank
-    teacher = run.load("teacher")
-    real_score = guided(teacher, cfg.dmd_cfg_scale)
-    fake_score = copy.deepcopy(teacher).requires_grad_(True)
+    cfg, bank, layers = run.cfg, run.bank, stage == "presto-ls"
+    model = run.load(cfg.ls_start if layers else "teacher").requires_grad_(True)
+    real = run.load("teacher" if cfg.full_scores or not layers else "presto-l")
+    fake = copy.deepcopy(real).requires_grad_(True)
     head = Discriminator(cfg).to(run.device)
-    model = run.load("presto-l" if stage == "presto-ls" else "teacher").requires_grad_(True)
-    generator = with_budget(model, cfg.budgets_ls, cfg) if stage == "presto-ls" else model
+    generator = with_budget(model, cfg.budgets_ls if layers else None, cfg)
+    real_score, fake_score = (with_budget(m, cfg.budgets_ls if layers and not cfg.full_scores else None, cfg) for m in (real, fake))
+    real_score = guided(real_score, cfg.dmd_cfg_scale)
     ema = averaged(model, cfg.student_ema)
     generator_optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    fake_optimizer = torch.optim.Adam([*fake_score.parameters(), *head.parameters()], fused=True)
+    fake_optimizer = torch.optim.Adam([*fake.parameters(), *head.parameters()], fused=True)
 
     def make_x_gen():                                                # steps 1 and 2
         # Real latents at a continuous sigma, as in the paper's Figure 1. DMD2 simulates its own sampler
@@ -764,21 +761,21 @@ def train_steps(run, stage):
         sigma = draw_sigma(cfg.p_gen, cfg.student_batch, cfg, run.device)
         return generator(add_noise(x_real, sigma), sigma, label), x_real, label
 
-    for step in run.steps(stage, cfg.student_steps, model=model, ema=ema, fake_score=fake_score, head=head,
+    for step in run.steps(stage, cfg.student_steps, model=model, ema=ema, fake=fake, head=head,
                           generator_optimizer=generator_optimizer, fake_optimizer=fake_optimizer):
         # Five to one, since the DMD gradient is only as true as the fake score is up to date: with fewer
         # updates it lags behind the generator.
         for _ in range(cfg.fake_updates):
             with torch.no_grad():
                 x_gen, x_real, label = make_x_gen()
-            fake_loss = fake_score_loss(x_gen, x_real, label, fake_score, head, cfg)
-            update(fake_loss, fake_optimizer, cfg.fake_lr)
+            loss_fake = fake_score_loss(x_gen, x_real, label, fake_score, head, cfg)
+            update(loss_fake, fake_optimizer, cfg.fake_lr)
         x_gen, _, label = make_x_gen()
         loss = generator_loss(x_gen, label, real_score, fake_score, head, cfg)
         update(loss, generator_optimizer, cfg.generator_lr)
         ema.update_parameters(model)
         # Both losses only oscillate: they are an equilibrium. Only listening tells whether it works.
-        run.show(loss=loss, fake=fake_loss)
+        run.show(loss=loss, fake=loss_fake)
         if run.listens(step, cfg.student_steps):
             run.show(right=run.right(stage, ema.module))
     return ema.module
@@ -787,8 +784,6 @@ def train_steps(run, stage):
 # ================================================================================================
 # Part 7. Generating and measuring: the same few lines for every model
 # ================================================================================================
-MODELS = ["teacher", "presto-l", "ase", "presto-s", "presto-ls"]
-BUDGETS = {"presto-l": "budgets", "ase": "budgets", "presto-ls": "budgets_ls"}   # which models drop layers, and how
 
 
 def is_student(name):
@@ -799,11 +794,14 @@ def is_student(name):
     return name in ("presto-s", "presto-ls", "undistilled")
 
 
-def denoiser_of(name, model, cfg):
-    """The denoiser that the model called `name` is sampled with: its layers dropped, its guidance added."""
-    if name in BUDGETS:
-        model = with_budget(model, getattr(cfg, BUDGETS[name]), cfg)
-    return model if is_student(name) else guided(model, cfg.cfg_scale)
+def sigmas_of(name, steps, cfg):
+    """The noise levels that a model's sampler visits."""
+    return (student_sigmas if is_student(name) else edm_sigmas)(steps, cfg)
+
+
+def shares_of(name, cfg):
+    """The shares of its blocks that a model runs, by noise level; None where it runs all."""
+    return {"presto-l": cfg.budgets, "presto-ls": cfg.budgets_ls}.get(name)
 
 
 def generate(name, model, label, steps, cfg):
@@ -811,18 +809,20 @@ def generate(name, model, label, steps, cfg):
 
     Noise is drawn on the CPU, so that one seed means nearly one sound on every device.
     """
-    sigmas = (student_sigmas if is_student(name) else edm_sigmas)(steps, cfg).to(label.device)
+    denoise = with_budget(model, shares_of(name, cfg), cfg)
+    sigmas = sigmas_of(name, steps, cfg).to(label.device)
     x = sigmas[0] * torch.randn(len(label), cfg.latent_channels, cfg.frames).to(label.device)
-    sampler = sample_multistep if is_student(name) else sample_heun
-    return sampler(denoiser_of(name, model, cfg), x, sigmas, label)
+    if is_student(name):
+        return sample_multistep(denoise, x, sigmas, label)
+    return sample_heun(guided(denoise, cfg.cfg_scale), x, sigmas, label)
 
 
-@torch.no_grad()
-def timed_clip(name, model, vae, label, steps, cfg):
-    """One clip (1, time), as a user waits for it, and the seconds that network and decoder took."""
+@torch.inference_mode()
+def timed_clips(name, model, vae, label, steps, cfg):
+    """Clips (batch, time) for labels (batch,), as a user waits for them: with the seconds of network and decoder."""
     synchronize = torch.cuda.synchronize if vae.mean.is_cuda else lambda: None
     start = time.perf_counter()
-    latents = generate(name, model, torch.tensor([label], device=vae.mean.device), steps, cfg)
+    latents = generate(name, model, label.to(vae.mean.device), steps, cfg)
     synchronize()
     middle = time.perf_counter()
     wave = vae.decode(latents)
@@ -831,25 +831,23 @@ def timed_clip(name, model, vae, label, steps, cfg):
 
 
 def timed_median(name, model, vae, steps, cfg):
-    """The median of 20 of timed_clip's times, after a warm-up: seconds of network and decoder."""
-    times = [timed_clip(name, model, vae, 0, steps, cfg)[1:] for _ in range(23)][3:]
+    """Seconds that network and decoder take for one clip: the medians of 20, after a warm-up."""
+    times = [timed_clips(name, model, vae, torch.tensor([0]), steps, cfg)[1:] for _ in range(23)][3:]
     return tuple(statistics.median(column) for column in zip(*times))
 
 
 def cost(name, steps, cfg):
     """Network passes a clip (guidance's two halves are one, of twice the batch), and mean blocks in each."""
-    sigmas = student_sigmas(steps, cfg) if is_student(name) else edm_sigmas(steps, cfg)[:-1]
+    sigmas = sigmas_of(name, steps, cfg)
     if not is_student(name):
-        sigmas = torch.cat([sigmas, sigmas[1:]])                     # Heun looks at every level twice but the first
-    shares = getattr(cfg, BUDGETS[name]) if name in BUDGETS else (1.0,)
-    return len(sigmas), budget_at(sigmas, shares, cfg).float().mean().item()
+        sigmas = torch.cat([sigmas[:-1], sigmas[1:-1]])              # Heun looks at every level twice but the first
+    return len(sigmas), budget_at(sigmas, shares_of(name, cfg) or (1.0,), cfg).float().mean().item()
 
 
 # ================================================================================================
 # Part 8. Runs: saving, resuming, checking. No lesson here.
 # ================================================================================================
-TRAIN = {"vae": train_vae, "teacher": train_teacher, "presto-l": train_layers, "ase": train_layers,
-         "presto-s": train_steps, "presto-ls": train_steps}
+TRAIN = {"vae": train_vae, "teacher": train_teacher, "presto-l": train_layers, "presto-s": train_steps, "presto-ls": train_steps}
 
 
 class Trouble(Exception):
@@ -881,9 +879,50 @@ def write_file(path, data):
 class Run:
     """A folder of checkpoints, one a stage, and the progress bar of the stage that is training."""
 
-    def __init__(self, folder, cfg, seed, device, save_every=60.0):
+    def __init__(self, folder, cfg, seed, device, save_every=60.0, compile=False):
         self.folder, self.cfg, self.seed, self.device = pathlib.Path(folder), cfg, seed, device
-        self.save_every, self.stop = save_every, None
+        self.save_every, self.compile, self.stop, self.where = save_every, compile, None, "the start"
+
+    @staticmethod
+    def existing(folder, device):
+        """A trained run, as its folder's config.json describes it."""
+        file = pathlib.Path(folder, "config.json")
+        try:
+            about = json.loads(file.read_text())
+            cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()})
+            return Run(folder, cfg, about["seed"], device)
+        except FileNotFoundError:
+            raise Trouble(f"{folder} holds no run: train one with `python presto.py train --out {folder}`")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise Trouble(f"{file} is damaged, or of another version: start anew with `python presto.py train --out {folder} --fresh`")
+
+    def open(self, first, fresh):
+        """Make the folder ready to train: everything if `fresh`, else from stage `first` on, else what is missing.
+
+        Two configs are never mixed in one folder. But from stage `first` on, all is trained again, and so what
+        only matters from there on (a knob's `stage`) may change: that is what --stage is for.
+        """
+        again = STAGES if fresh else STAGES[STAGES.index(first):] if first else []
+        config = dataclasses.asdict(self.cfg)
+        if (self.folder / "config.json").exists() and not fresh:
+            old = Run.existing(self.folder, self.device)
+            there, here = dict(dataclasses.asdict(old.cfg), seed=old.seed), dict(config, seed=self.seed)
+            free = [f.name for f in dataclasses.fields(Config) if f.metadata["stage"] in again]
+            differ = [f"{k} ({there[k]} there, {here[k]} here)" for k in here if there[k] != here[k] and k not in free]
+            if differ:
+                raise Trouble(f"{self.folder} holds a run with another config: {', '.join(differ)}; "
+                              "choose another --out, or --fresh to start it anew")
+        about = dict(config=config, seed=self.seed, device=str(self.device), torch=torch.__version__,
+                     python=sys.version.split()[0], threads=torch.get_num_threads())
+        with contextlib.suppress(OSError):                           # no git, no revision
+            about["git"] = subprocess.run(["git", "rev-parse", "HEAD"], cwd=pathlib.Path(__file__).parent,
+                                          capture_output=True, text=True).stdout.strip()
+        try:
+            for file in [self.path(stage, ending) for stage in again for ending in (".pt", ".partial.pt")]:
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise Trouble(f"cannot write in {self.folder}: {error.strerror}; choose another --out")
+        write_file(self.folder / "config.json", json.dumps(about, indent=1).encode())
 
     # ---- what the training loops use ----------------------------------------------------------
     @functools.cached_property
@@ -896,15 +935,13 @@ class Run:
 
     def steps(self, stage, total, **parts):
         """Yield a stage's step numbers, from where an interrupted run stopped; save `parts` at intervals."""
-        self.where, partial, start = f"the start of {stage}", self.path(stage, ".partial.pt"), 0
-        if partial.exists():
-            start = self.read(partial, **parts)
+        start = self.read(stage, ".partial.pt", **parts) if self.path(stage, ".partial.pt").exists() else 0
         saved, self.shown = time.monotonic(), {}
         with tqdm(total=total, initial=start, desc=f"{stage:9}", unit="step", dynamic_ncols=True) as self.bar:
             for step in range(start, total):
                 self.where = f"{stage}, step {step} of {total}"
                 if self.stop or time.monotonic() - saved > self.save_every:
-                    self.save(partial, step, **parts)
+                    self.save(stage, ".partial.pt", step, **parts)
                     saved = time.monotonic()
                 if self.stop:
                     raise KeyboardInterrupt
@@ -925,11 +962,10 @@ class Run:
 
     def right(self, stage, model):
         """The sample metric while training: the share right of one clip of every class."""
-        label = torch.arange(NUM_CLASSES, device=self.device)
+        label = torch.arange(NUM_CLASSES)
         seed_with(self.seed, "listen")
-        latents = generate(stage, model, label, 4 if is_student(stage) else self.cfg.teacher_sampling_steps, self.cfg)
-        with torch.no_grad():
-            return share_right(self.vae.decode(latents), label)
+        steps = 4 if is_student(stage) else self.cfg.teacher_sampling_steps
+        return share_right(timed_clips(stage, model, self.vae, label, steps, self.cfg)[0], label)
 
     # ---- checkpoints --------------------------------------------------------------------------
     def train(self, stage):
@@ -937,133 +973,54 @@ class Run:
         if stage != "vae":
             self.bank                                                # before seeding: it builds a VAE, from random weights
         seed_with(self.seed, stage, "start")                         # for the first weights
-        self.save(self.path(stage), None, model=TRAIN[stage](self, stage))
+        self.save(stage, ".pt", None, model=TRAIN[stage](self, stage))
         self.path(stage, ".partial.pt").unlink(missing_ok=True)
 
-    def path(self, stage, ending=".pt"):
+    def path(self, stage, ending):
         return self.folder / (stage + ending)
 
-    def save(self, path, step, **parts):
-        """Write a checkpoint: a finished stage's model (step None), or all that is needed to go on."""
+    def save(self, stage, ending, step, **parts):
+        """Write a checkpoint: a finished stage's model (".pt"), or all that is needed to go on (".partial.pt")."""
         buffer = io.BytesIO()
         torch.save(dict(config=dataclasses.asdict(self.cfg), seed=self.seed, step=step,
                         parts={name: part.state_dict() for name, part in parts.items()}), buffer)
-        write_file(path, buffer.getvalue())
+        write_file(self.path(stage, ending), buffer.getvalue())
 
-    def read(self, path, **parts):
+    def read(self, stage, ending, **parts):
         """Read a checkpoint into `parts`; returns its step. Never runs code from the file."""
-        mend = f"delete it and run `python presto.py train --out {self.folder}` again"
+        path, again = self.path(stage, ending), f"run `python presto.py train --out {self.folder}`"
         try:
             with zipfile.ZipFile(path) as archive:                   # torch's files are zips, with a sum for each part
                 if archive.testzip():
                     raise zipfile.BadZipFile
             saved = torch.load(path, map_location=self.device, weights_only=True)
-        except FileNotFoundError:
-            raise Trouble(f"{path} does not exist: run `python presto.py train --out {self.folder}` first")
-        except OSError as error:
-            raise Trouble(f"cannot read {path}: {error.strerror}")
-        except Exception:                                            # zip, zlib, pickle: damage has many names
-            raise Trouble(f"{path} is damaged, or not a checkpoint of presto.py: {mend}")
-        try:
             for name, part in parts.items():
                 part.load_state_dict(saved["parts"][name])
+            then, now = dict(saved["config"], seed=saved["seed"]), dict(dataclasses.asdict(self.cfg), seed=self.seed)
+            earlier = STAGES[: STAGES.index(stage) + 1]              # its own stage's knobs matter, and those before
+            matter = ["seed"] + [f.name for f in dataclasses.fields(Config) if f.metadata["stage"] in earlier]
+            if any(then[k] != now[k] for k in matter):
+                raise ValueError
             return saved["step"]
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-            raise Trouble(f"{path} does not fit this run's config: {mend}")
-
-    def dit_options(self, stage):
-        """Which of Presto-L's changes a stage's network has: ASE has neither."""
-        ase = stage == "ase"
-        return dict(shift=self.cfg.shift and not ase, budget_embedding=self.cfg.budget_embedding and not ase)
+        except FileNotFoundError:
+            raise Trouble(f"{path} does not exist: {again} first")
+        except OSError as error:
+            raise Trouble(f"cannot read {path}: {error.strerror}")
+        except Exception:                                            # zip, zlib, pickle, torch: damage has many names
+            raise Trouble(f"{path} is damaged, or not a checkpoint of this run's config: delete it and {again} again")
 
     def load(self, stage):
         """A finished stage's model, frozen, on this run's device."""
-        model = VAE(self.cfg) if stage == "vae" else Denoiser(self.cfg, **self.dit_options(stage))
-        self.read(self.path(stage), model=model.to(self.device))
+        model = self.place(VAE(self.cfg) if stage == "vae" else Denoiser(self.cfg))
+        self.read(stage, ".pt", model=model)
         return model.eval().requires_grad_(False)
 
-    # ---- the folder's config ------------------------------------------------------------------
-    def about(self):
-        """What made this run, as its config.json says it."""
-        file = self.folder / "config.json"
-        try:
-            about = json.loads(file.read_text())
-            return dict({k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}, seed=about["seed"])
-        except FileNotFoundError:
-            raise Trouble(f"{self.folder} holds no run: train one with `python presto.py train --out {self.folder}`")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise Trouble(f"{file} is damaged: start that run anew with `train --out {self.folder} --fresh`")
-
-    @staticmethod
-    def existing(folder, device):
-        """A trained run, as its folder describes it."""
-        run = Run(folder, None, 0, device)
-        fields = run.about()
-        run.seed = fields.pop("seed")
-        try:
-            run.cfg = Config(**fields)
-        except TypeError:
-            raise Trouble(f"{folder} was made by another version of presto.py: train it anew with --fresh")
-        return run
-
-    def open(self, first, fresh):
-        """Make the folder ready to train: everything if `fresh`, else from stage `first` on, else what is missing.
-
-        Two configs are never mixed in one folder. But from stage `first` on, all is trained again, and so what
-        only matters from there on (a knob's `stage`) may change: that is what --stage is for.
-        """
-        again = [*STAGES, "ase"] if fresh else STAGES[STAGES.index(first):] if first in STAGES else []
-        if first in ("vae", "teacher"):
-            again.append("ase")                                      # which starts from the teacher
-        if (self.folder / "config.json").exists() and not fresh:
-            old, new = self.about(), dict(dataclasses.asdict(self.cfg), seed=self.seed)
-            free = [f.name for f in dataclasses.fields(Config) if f.metadata["stage"] in again]
-            differ = [f"{k} ({old.get(k)} there, {new[k]} here)" for k in new if old.get(k) != new[k] and k not in free]
-            if differ:
-                raise Trouble(f"{self.folder} holds a run with another config: {', '.join(differ)}; "
-                              "choose another --out, or --fresh to start it anew")
-        about = dict(config=dataclasses.asdict(self.cfg), seed=self.seed, device=str(self.device), torch=torch.__version__,
-                     python=sys.version.split()[0], threads=torch.get_num_threads())
-        with contextlib.suppress(OSError):                           # no git, no revision
-            about["git"] = subprocess.run(["git", "rev-parse", "HEAD"], cwd=pathlib.Path(__file__).parent,
-                                          capture_output=True, text=True).stdout.strip()
-        try:
-            if first == "ase":
-                self.path(first).unlink(missing_ok=True)             # but go on with a partial one
-            for stage in again:
-                self.path(stage).unlink(missing_ok=True)
-                self.path(stage, ".partial.pt").unlink(missing_ok=True)
-        except OSError as error:
-            raise Trouble(f"cannot write in {self.folder}: {error.strerror}; choose another --out")
-        write_file(self.folder / "config.json", json.dumps(about, indent=1).encode())
-
-
-def check_config(cfg):
-    """Raise Trouble for values that cannot work, or contradict each other."""
-    def need(name, condition, rule):
-        if not condition:
-            raise Trouble(f"--{name} {getattr(cfg, name)}: {rule}")
-
-    for name, value in dataclasses.asdict(cfg).items():
-        if type(value) is int:
-            need(name, 1 <= value <= 10**7, "must be from 1 to 10000000")
-        if type(value) is float:
-            need(name, math.isfinite(value) and (value >= 0 or name == "P_mean"), "must be a number, and not negative")
-        if type(value) is tuple:
-            need(name, all(0 < v <= 1 for v in value), "must be shares of the depth, each above 0 and up to 1")
-        if name.endswith("_ema") or name == "label_dropout":
-            need(name, value < 1, "must be below 1")
-        if name in ("p_gen", "p_dmd", "p_dsm", "p_gan"):
-            choices = ["train", "inf"] + ["four"] * (name == "p_gen")
-            need(name, value in choices, f"choose from {', '.join(choices)}")
-    need("stride", toy_data.CLIP_SAMPLES % cfg.stride == 0 and cfg.stride % 2 == 0 and cfg.frames >= 8,
-         f"must be even, and cut a clip's {toy_data.CLIP_SAMPLES} samples into 8 frames or more")
-    need("heads", cfg.width % cfg.heads == 0, f"must divide --width {cfg.width}")
-    need("width", cfg.width % 4 == 0, "must be a multiple of 4")
-    need("depth", cfg.depth >= 2, "must be at least 2, to have a half-way block")
-    need("sigma_min", 0 < cfg.sigma_min < cfg.sigma_max, f"must be above 0 and below --sigma_max {cfg.sigma_max}")
-    need("sigma_data", cfg.sigma_data > 0, "must be above 0")
-    need("rho", cfg.rho >= 1, "must be at least 1")
+    def place(self, model):
+        """A model on this run's device, compiled if that was asked for."""
+        model.to(self.device)
+        if self.compile:
+            model.compile()
+        return model
 
 
 # ================================================================================================
@@ -1079,6 +1036,17 @@ def pick_device(name):
     return torch.device(here[0] if name == "auto" else name)
 
 
+def check_config(cfg):
+    """Raise Trouble for values that contradict each other."""
+    for wrong, why in (
+            (cfg.width % 4 or cfg.width % cfg.heads, f"--width {cfg.width} must be a multiple of 4, and of --heads {cfg.heads}"),
+            (cfg.stride % 2 or toy_data.CLIP_SAMPLES % cfg.stride or cfg.frames < 8,
+             f"--stride {cfg.stride} must be even, and cut a clip's {toy_data.CLIP_SAMPLES} samples into 8 frames or more"),
+            (cfg.sigma_min >= cfg.sigma_max, f"--sigma_min {cfg.sigma_min} must be below --sigma_max {cfg.sigma_max}")):
+        if wrong:
+            raise Trouble(why)
+
+
 def command_train(args):
     if args.fresh and args.stage:
         raise Trouble("--fresh trains every stage anew, --stage some of them: choose one")
@@ -1087,7 +1055,7 @@ def command_train(args):
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     cfg = dataclasses.replace(Config(**PRESETS[preset]), **given)
     check_config(cfg)
-    run = Run(args.out, cfg, args.seed, device, args.save_every)
+    run = Run(args.out, cfg, args.seed, device, args.save_every, args.compile)
     run.open(args.stage, args.fresh)
 
     def stop(number, _):                                             # Run.steps sees it between two steps
@@ -1098,15 +1066,15 @@ def command_train(args):
 
     start = time.monotonic()
     print(f"Training Presto! with the {preset} preset on {device}, seed {args.seed}, into {run.folder}", flush=True)
-    for stage in ["ase"] if args.stage == "ase" else STAGES:
-        if run.path(stage).exists():
+    for stage in STAGES:
+        if run.path(stage, ".pt").exists():
             print(f"{stage:9}: done before")
             continue
         try:
             run.train(stage)
         except KeyboardInterrupt:
-            hint = "" if stage == "ase" else ", but leave out --stage and --fresh, which start again"
-            print(f"\n{run.stop.name}: stopped and saved at {run.where}. Run the same command to go on{hint}.", file=sys.stderr)
+            hint = ", but without --stage and --fresh, which start again" * bool(args.stage or args.fresh)
+            print(f"\n{run.stop.name}: stopped and saved at {run.where}. Run the same command{hint} to go on.", file=sys.stderr)
             return 128 + run.stop
         except Diverged as trouble:
             raise Trouble(f"{run.where}: {trouble}; most likely its learning rate is too high. The stages before it are kept: "
@@ -1126,14 +1094,14 @@ def command_sample(args):
         raise Trouble(f"--out {out}: not a folder that can be written to")
     steps = args.steps or (4 if is_student(args.model) else run.cfg.teacher_sampling_steps)
     model, vae = run.load(args.model), run.vae
-    timed_clip(args.model, model, vae, labels[0], steps, run.cfg)    # warm-up, so that the first is timed as the rest
+    timed_clips(args.model, model, vae, torch.tensor(labels[:1]), steps, run.cfg)   # warm-up: the first is timed as the rest
     print(f"{args.model}, {steps} steps, seed {args.seed}\n{'file':20}{'asked':13}{'heard':13}{'cents':>5}{'tonal':>7}")
     right, times, shown = 0, [], {}
     for label in labels:
         asked = toy_data.PROMPTS[label]
         for index in range(args.count):
             seed_with(args.seed, label, index)
-            wave, *seconds = timed_clip(args.model, model, vae, label, steps, run.cfg)
+            wave, *seconds = timed_clips(args.model, model, vae, torch.tensor([label]), steps, run.cfg)
             peak = wave.abs().max().item()
             wave = wave / max(peak, 1.0)
             heard = toy_data.listen(wave)
@@ -1154,11 +1122,11 @@ def command_sample(args):
     return 0
 
 
-COLUMNS = dict(fd=".3f", mmd=".2f", right=".3f", pitch=".3f", timbre=".3f", density=".2f", recall=".2f", coverage=".2f",
-               passes=".0f", blocks=".1f", network_ms=".1f", decoder_ms=".1f", real_time=".0f", speedup=".1f")
+COLUMNS = dict(fd=".3f", mmd=".2f", right=".3f", pitch=".3f", timbre=".3f", density=".2f", recall=".2f", coverage=".2f", passes=".0f",
+               blocks=".1f", network_ms=".1f", decoder_ms=".1f", real_time=".0f", speedup=".1f", batch_ms=".2f")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def command_eval(args):
     """The paper's table in miniature: every model of a run against real clips, and what each costs."""
     run = Run.existing(args.run, pick_device(args.device))
@@ -1171,38 +1139,45 @@ def command_eval(args):
 
     reference, other = toy_data.embed(real("reference")), real("other")
     clips = {"real": other,                                          # the floor, and the ceiling of anything decoded
-             "VAE": torch.cat([vae.decode(vae.encode(w.to(run.device))).cpu() for w in other.split(48)])}
+             "VAE": torch.cat([vae.decode(vae.encode(w.to(run.device))).cpu() for w in other.split(NUM_CLASSES)])}
     rows = {title: toy_data.score(wave, label, reference) for title, wave in clips.items()}
 
-    guidance = cfg.cfg_scale
-    wanted = [("teacher", n, guidance) for n in sorted({4, 8, 16, 32, full})] + [("teacher", full, 1.0), ("presto-l", full, guidance)]
-    wanted += [("ase", full, guidance)] * run.path("ase").exists()
-    wanted += [(name, n, 1.0) for name in ("undistilled", "presto-s", "presto-ls") for n in (1, 2, 4, 8, 16)]
-    for name, steps, scale in tqdm(wanted, desc="eval", unit="row"):
-        model, c = run.load("teacher" if name == "undistilled" else name), dataclasses.replace(cfg, cfg_scale=scale)
+    wanted = [("teacher", n, cfg.cfg_scale) for n in sorted({4, 8, 16, 32, full})] + [("teacher", full, 1.0)]
+    wanted += [("presto-l", full, cfg.cfg_scale)]
+    wanted += [(name, n, None) for name in ("undistilled", "presto-s", "presto-ls") for n in (1, 2, 4, 8, 16)]
+    models = {name: run.load(name) for name in STAGES[1:] if name in ("teacher", args.model) or args.model == "all"}
+    models["undistilled"] = models["teacher"]
+    saturated = timed_median("teacher", models["teacher"], vae, full, cfg)
+    for name, steps, scale in tqdm([w for w in wanted if args.model in ("all", w[0])], desc="eval", unit="row"):
+        c = dataclasses.replace(cfg, cfg_scale=scale or 1.0)
         seed_with(args.seed, "noise")                                # the same for every row
-        waves = [vae.decode(generate(name, model, part.to(run.device), steps, c)).cpu() for part in label.split(48)]
-        network, decoder = timed_median(name, model, vae, steps, c)
-        passes, blocks = cost(name, steps, c)
-        title = f"{name}, {steps} step{'s' * (steps > 1)}" + f", w = {scale:g}" * (not is_student(name))
+        waves, *seconds = zip(*(timed_clips(name, models[name], vae, part, steps, c) for part in label.split(NUM_CLASSES)))
+        reference_row = (name, steps, scale) == ("teacher", full, cfg.cfg_scale)
+        network, decoder = saturated if reference_row else timed_median(name, models[name], vae, steps, c)
+        passes, blocks = cost(name, steps, cfg)
+        title = f"{name}, {steps} step{'s' * (steps > 1)}" + (f", w = {scale:g}" if scale else "")
         clips[title] = torch.cat(waves)
-        rows[title] = dict(toy_data.score(clips[title], label, reference), passes=passes, blocks=blocks,
-                           network_ms=1000 * network, decoder_ms=1000 * decoder, real_time=CLIP_SECONDS / (network + decoder))
-        if (name, steps, scale) == ("teacher", full, guidance):
-            saturated = rows[title]
-    for row in rows.values():
-        if "real_time" in row:
-            row["speedup"] = row["real_time"] / saturated["real_time"]
+        rows[title] = dict(
+            toy_data.score(clips[title], label, reference), passes=passes, blocks=blocks, network_ms=1000 * network,
+            decoder_ms=1000 * decoder, real_time=CLIP_SECONDS / (network + decoder), speedup=sum(saturated) / (network + decoder),
+            batch_ms=1000 * statistics.median(map(sum, zip(*seconds))) / NUM_CLASSES)
 
     table = [[title, *(format(row[c], f) if c in row else "" for c, f in COLUMNS.items())] for title, row in rows.items()]
-    print("".join(f"{cell:>{max(len(cell) + 2, 8)}}" if i else f"{'':28}" for i, cell in enumerate(["", *COLUMNS])))
-    for line in table:
+    for line in [["", *COLUMNS], *table]:
         print(f"{line[0]:28}" + "".join(f"{cell:>{max(len(c) + 2, 8)}}" for cell, c in zip(line[1:], COLUMNS)))
     floor = [toy_data.score(real(draw), label, reference) for draw in range(4)]
     floor = {c: (min(f[c] for f in floor), max(f[c] for f in floor)) for c in floor[0]}
-    note = (f"{len(label)} clips a row, seed {args.seed}; speed-up over the teacher at {full} steps, batch 1. Real against real, "
-            "four draws: " + ", ".join(f"{c} {low:.2f} to {high:.2f}" for c, (low, high) in floor.items()))
+    note = (f"{len(label)} clips a row, seed {args.seed}. Speed-up: one clip at a time, over the teacher at {full} steps; batch_ms: "
+            f"milliseconds a clip, {NUM_CLASSES} at a time. Real against real, four draws: "
+            + ", ".join(f"{c} {low:.2f} to {high:.2f}" for c, (low, high) in floor.items()))
     print(note)
+    if "presto-l" in models:                                         # Presto-L's lesson: what does the output layer get to see?
+        sigma = rho_schedule(torch.tensor(0.05), cfg).to(run.device)
+        budget = budget_at(sigma, cfg.budgets, cfg)
+        for name, blocks in (("teacher", None), ("presto-l", None), ("presto-l", budget)):
+            variances = hidden_variances(models[name], run.bank, sigma, blocks)
+            print(f"hidden variance after each block at sigma {sigma:.0f}, {name} with {blocks or cfg.depth} of {cfg.depth} blocks: "
+                  + ", ".join(f"{v:.2f}" for v in variances))
     write_file(run.folder / "eval.json", json.dumps(dict(rows=rows, floor=floor, count=args.count), indent=1).encode())
     shown = {p: toy_data.parse_prompt(p)[0] for p in ("A3 sine", "C4 organ", "E4 square", "G4 saw")}
     write_file(run.folder / "report.html", toy_data.page(
@@ -1217,18 +1192,18 @@ class Parser(argparse.ArgumentParser):
         raise Trouble(f"{message} (see `{self.prog} -h`)")
 
 
-def parse_as(kind, low=-math.inf, high=math.inf):
+def parse_as(kind, low=None, high=None):
     """An argparse type for one Config field or option, which says what it would have accepted."""
     def parse(text):
         try:
-            value = {"true": True, "false": False}[text.lower()] if kind is bool else tuple(
-                float(v) for v in text.split(",")) if kind is tuple else kind(text)
-            if kind in (bool, str, tuple) or low <= value <= high:
-                return value
+            value = {"true": True, "false": False}[text.lower()] if kind is bool else [float(v) for v in text.split(",")] if (
+                kind is tuple) else kind(text)
+            if kind in (bool, str) or all(low <= v <= high for v in (value if kind is tuple else [value])):
+                return tuple(value) if kind is tuple else value
         except (KeyError, ValueError):
             pass
         wanted = {bool: "true or false", tuple: "numbers with commas between", int: "a whole number", float: "a number"}[kind]
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted}" + f" from {low} to {high}" * (low > -math.inf))
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted}" + f" from {low:g} to {high:g}" * (kind is not bool))
     return parse
 
 
@@ -1250,20 +1225,21 @@ def make_parser():
                   "stopped. Watch `right`, the share of sampled clips that sound as asked: the losses of the last two "
                   "stages only oscillate.", "--out")
     sub.add_argument("--preset", default="auto", choices=["auto", *PRESETS], help="auto: gpu on cuda, else cpu; tiny is for tests")
-    sub.add_argument("--stage", choices=[*STAGES, "ase"], help="train again from this stage on; ase, not in the default run, "
-                     "trains Presto-L's forerunner beside it, to compare")
+    sub.add_argument("--stage", choices=STAGES, help="train again from this stage on")
     sub.add_argument("--fresh", action="store_true", help="forget what the folder holds and start anew")
-    sub.add_argument("--save-every", default=60.0, type=parse_as(float, 0, 1e9), help="seconds between checkpoints (default 60)")
+    sub.add_argument("--compile", action="store_true", help="torch.compile the networks: needs a C++ compiler")
+    sub.add_argument("--save_every", default=60.0, type=parse_as(float, 0, 1e9), help="seconds between checkpoints (default 60)")
     group = sub.add_argument_group("config", "the method's numbers and their reasons; the defaults shown are the cpu preset's")
     for field in dataclasses.fields(Config):
-        default = ",".join(map(str, field.default)) if field.type is tuple else field.default
-        group.add_argument(f"--{field.name}", type=parse_as(field.type), default=argparse.SUPPRESS, metavar=field.type.__name__,
-                           help=f"{field.metadata['why']} (default {default})".replace("%", "%%"))
+        default, why = ",".join(map(str, field.default)) if field.type is tuple else field.default, field.metadata["why"]
+        group.add_argument(f"--{field.name}", type=parse_as(field.type, field.metadata["low"], field.metadata["high"]),
+                           default=argparse.SUPPRESS, choices=field.metadata["choices"], metavar=field.type.__name__,
+                           help=f"{why} (default {default})".replace("%", "%%"))
 
     sub = command("sample", command_sample, "write clips, and say what is heard in them",
                   "Write WAV files named by prompt; print for each what was asked and what is heard.", "--run")
     sub.add_argument("--steps", type=parse_as(int, 1, 1000), help="denoising steps (default 4; for a teacher, its own number)")
-    sub.add_argument("--model", default="presto-ls", choices=MODELS, help="which of the run's models (default %(default)s)")
+    sub.add_argument("--model", default="presto-ls", choices=STAGES[1:], help="which of the run's models (default %(default)s)")
     sub.add_argument("--prompt", default="all", help='a pitch and a timbre, such as "A3 saw", or all (default)')
     sub.add_argument("--count", default=1, type=parse_as(int, 1, 1000), help="clips a prompt (default 1)")
     sub.add_argument("--out", default="samples", help="where the WAVs go (default %(default)s)")
@@ -1271,6 +1247,7 @@ def make_parser():
     sub = command("eval", command_eval, "measure every model of a run: one table, and a page to hear and see it",
                   "Print the paper's table in miniature, and write it as eval.json and report.html into the run's folder.", "--run")
     sub.add_argument("--count", default=16, type=parse_as(int, 2, 1000), help="clips of each of the 48 classes (default 16)")
+    sub.add_argument("--model", default="all", choices=["all", "undistilled", *STAGES[1:]], help="only this model's rows (default all)")
     return parser
 
 
@@ -1278,7 +1255,11 @@ def main(arguments=None):
     """Run one command; returns the exit status. Trouble becomes one line on stderr and status 2."""
     parser = make_parser()
     try:
-        args = parser.parse_args(arguments)
+        args, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            options = ["--" + name for name in [*vars(args), *(field.name for field in dataclasses.fields(Config))]]
+            near = "".join(f"did you mean {o}? " for o in difflib.get_close_matches(unknown[0][:40], options, 1))
+            raise Trouble(f"unknown {unknown[0][:40]!r}: {near}See `presto.py {args.command or ''} -h`")
         if args.command is None:
             parser.print_help()
             return 0
