@@ -8,10 +8,13 @@ import dataclasses
 import json
 import math
 import os
+import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import soundfile
@@ -127,7 +130,7 @@ def test_the_schedules_fall_from_sigma_max_and_end_where_they_should():
         if steps > 1:
             assert teacher[-2] == pytest.approx(CFG.sigma_min, rel=1e-3) and student[-1] > CFG.sigma_min
     # EDM's equation 5 with its own numbers, at the middle of three steps.
-    assert presto.edm_sigmas(3, CFG)[1] == pytest.approx(((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7, rel=1e-4)
+    assert presto.edm_sigmas(3, dataclasses.replace(CFG, sigma_max=80.0))[1] == pytest.approx(((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7, rel=1e-4)
 
 
 def test_p_inf_is_the_schedule_made_continuous_and_p_train_is_log_normal():
@@ -375,7 +378,7 @@ def test_students_call_the_generator_once_a_step_and_never_with_guidance(model, 
 def test_multistep_sampling_renoises_to_exactly_the_next_sigma():
     seen = []
     denoise = lambda x, sigma, label: seen.append(x.std() / sigma) or torch.zeros_like(x)
-    x = 80 * torch.randn(64, 4, 16)
+    x = CFG.sigma_max * torch.randn(64, 4, 16)
     presto.sample_multistep(denoise, x, presto.student_sigmas(4, CFG), None)
     assert [float(s) for s in seen] == pytest.approx([1.0] * 4, rel=0.05)
 
@@ -538,6 +541,29 @@ def test_eval_writes_a_table_and_one_page_that_needs_nothing_else(trained, capsy
 # ---- faults and bad input -----------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def files_no_larger_than(size):
+    """The operating system refuses to write more into any file: what a full disk feels like."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_fills_up_gets_one_line_and_leaves_no_half_of_a_file(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "presto-ls.pt").unlink()
+    before = sorted(p.name for p in (tmp_path / "run").iterdir())
+    with files_no_larger_than(10_000):
+        for command in (["sample", "--model", "presto-s", "--run", str(trained), "--out", str(tmp_path / "out")],
+                        ["train", "--preset", "tiny", "--out", str(tmp_path / "run")]):
+            assert presto.main([*command, "--device", "cpu"]) == 2
+            assert "cannot write" in capsys.readouterr().err.splitlines()[-1]
+    assert list((tmp_path / "out").iterdir()) == [] and sorted(p.name for p in (tmp_path / "run").iterdir()) == before
+
+
 def weights(folder):
     return {p.name: torch.load(p, weights_only=True)["parts"]["model"] for p in sorted(folder.glob("*.pt"))}
 
@@ -548,21 +574,46 @@ def same_weights(a, b):
     return all(torch.equal(a[f][k], b[f][k]) for f in a for k in a[f])
 
 
+def stopped(folder, number, seconds, *more):
+    """Train as a process of its own, send it a signal that long after it began; its exit status and stderr."""
+    command = [sys.executable, presto.__file__, "train", "--preset", "tiny", "--out", str(folder), "--device", "cpu", "--save_every", "0", *more]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()                          # "Training Presto! ...": from now on, any moment will do
+    if number:
+        time.sleep(seconds)
+        process.send_signal(number)
+    return process.communicate()[1], process.returncode
+
+
 def test_the_same_seed_trains_the_same_weights_and_an_interrupted_run_ends_alike(trained, tmp_path):
-    """SIGINT after a few steps, again and again: every restart goes on where the last one stopped."""
-    command = [sys.executable, presto.__file__, "train", "--preset", "tiny", "--out", str(tmp_path / "a"), "--device", "cpu",
-               "--save_every", "0"]
-    stops = 0
-    for delay in (3.0, 4.0, 5.0, 60.0):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        try:
-            process.wait(delay)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT if stops == 0 else signal.SIGKILL)
-            stops += 1
-        process.communicate()
-    assert process.returncode == 0 and stops >= 1
-    assert same_weights(trained, tmp_path / "a")
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9), (None, 0)):
+        err, returned = stopped(tmp_path, number, 0.2)
+        assert returned == status
+        assert returned < 130 or f"{signal.Signals(number).name}: stopped and saved" in err
+    assert same_weights(trained, tmp_path)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
+    """SIGKILL, which no program can catch: whatever is then in the folder is whole, and the end is the same."""
+    more = ["--vae_steps", "60", "--teacher_steps", "60", "--layer_steps", "60", "--student_steps", "30"]
+    assert stopped(tmp_path / "whole", None, 0, *more)[1] == 0
+    moments, kills, status = random.Random(0), 0, None
+    while status != 0:
+        number = signal.SIGKILL if kills < 24 else None
+        _, status = stopped(tmp_path / "killed", number, moments.uniform(0.0, 1.0), *more)
+        kills += status == -signal.SIGKILL
+        for file in (tmp_path / "killed").glob("*.pt"):
+            torch.load(file, weights_only=True)
+    assert kills >= 20
+    assert same_weights(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_compiled_networks_train_to_nearly_the_same_weights(trained, tmp_path):
+    assert presto.main(["train", "--preset", "tiny", "--out", str(tmp_path), "--device", "cpu", "--compile"]) == 0
+    a, b = weights(trained), weights(tmp_path)
+    assert all(torch.allclose(a[f][k], b[f][k], atol=1e-2) for f in a for k in a[f])
 
 
 def test_a_stopped_stage_goes_on_bit_for_bit(trained, tmp_path):
@@ -599,6 +650,10 @@ def spoil(path, how):
         torch.save({"epoch": 3}, path)
     elif how == "a crafted pickle":
         torch.save(Bomb(), path)
+    elif how == "of another config":
+        saved = torch.load(path, weights_only=True)
+        saved["config"]["nu1"] = 0.5
+        torch.save(saved, path)
     elif how == "a missing key":
         saved = torch.load(path, weights_only=True)
         del saved["parts"]["model"]["net.position"]
@@ -606,7 +661,7 @@ def spoil(path, how):
 
 
 @pytest.mark.parametrize("how", ["missing", "empty", "truncated", "one bit flipped", "another program's", "a crafted pickle",
-                                 "a missing key"])
+                                 "a missing key", "of another config"])
 def test_a_spoilt_checkpoint_gets_one_line_that_names_it(trained, tmp_path, capsys, monkeypatch, how):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, tmp_path / "run")
