@@ -49,7 +49,6 @@ THE PRESTO-S LOOP (the paper's Figure 1; the numbers come back as comments in Pa
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import difflib
 import functools
@@ -100,7 +99,7 @@ class Config:
     kl_weight: float = knob("vae", 1e-2, "at 1e-3 the decoder learnt to need latents more exact than a DiT can make them")
     stft_weight: float = knob("vae", 0.2, "weight of the multi-resolution STFT term beside the waveform term")
     vae_steps: int = knob("vae", 2500, "training steps")
-    vae_batch: int = knob("vae", 16, "clips a step; at equal time, smaller and more beat larger and fewer")
+    vae_batch: int = knob("vae", 16, "clips a step; at equal time, many small batches beat fewer large ones")
     vae_lr: float = knob("vae", 1e-3, "AdamW's learning rate, falling to zero")
     # DiT and EDM
     width: int = knob("teacher", 128, "channels of a token")
@@ -125,13 +124,13 @@ class Config:
     # Presto-L
     budgets: tuple = knob("presto-l", (1.0, 1.0, .86, .86, .71, .71, .57, .57, .43, .43),
                           "share of the blocks that run, over ten bins of noise from clean to noisy (ASE)", low=0.01, high=1.0)
-    shift: bool = knob("presto-l", True, "drop before the last block, not after the exit (change 1 to ASE)")
+    shift: bool = knob("presto-l", True, "the last block always runs, and what is dropped lies before it (Presto-L's change 1 to ASE)")
     budget_embedding: bool = knob("presto-l", True, "tell the network how many blocks will run (change 2)")
     self_teacher: float = knob("presto-l", 1.0, "weight of L_st, full depth teaching the short pass (change 3)")
     layer_steps: int = knob("presto-l", 800, "training steps")
     layer_lr: float = knob("presto-l", 3e-4, "Adam's learning rate, falling to zero (ASE: 1e-5, at its scale)")
     # Presto-S and Presto-LS
-    p_gen: str = knob("presto-s", "inf", "noise on the generator's input: inf, train, or four (DMD2's fixed sigmas)",
+    p_gen: str = knob("presto-s", "inf", "noise on the generator's input: inf, train, or four (fixed levels, as in DMD2)",
                       choices=["inf", "train", "four"])
     p_dmd: str = knob("presto-s", "train", "noise under which the two scores are compared: train or inf", choices=["train", "inf"])
     p_dsm: str = knob("presto-s", "train", "noise under which the fake score learns: train or inf", choices=["train", "inf"])
@@ -261,8 +260,9 @@ def share_right(wave, label):
 
 
 def train_vae(run, stage):
+    """Train the VAE, then measure its latents' scale."""
     cfg = run.cfg
-    vae = VAE(cfg).to(run.device)
+    vae = run.place(VAE(cfg))
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     for step in run.steps(stage, cfg.vae_steps, vae=vae, optimizer=optimizer):
         wave, _ = toy_data.make_batch(cfg.vae_batch)
@@ -321,7 +321,7 @@ class DiT(nn.Module):
     really skipped: sampling), or one value a sample (every block is computed and each sample keeps what
     its own budget allows: training, where a batch mixes noise levels).
 
-    Which blocks run is the first lesson of Presto-L. ASE's early exit takes the first `budget` blocks and
+    Which blocks run is Presto-L's first change. ASE's early exit takes the first `budget` blocks and
     goes straight to the output layer. `shift` drops before the last block instead: budget - 1 blocks from
     the front, then the last one, which always runs (our reading).
 
@@ -334,12 +334,12 @@ class DiT(nn.Module):
         self.depth, self.shift, self.budget_embedding = cfg.depth, cfg.shift, cfg.budget_embedding
         self.inp = nn.Linear(cfg.latent_channels, cfg.width)
         self.position = nn.Parameter(0.02 * torch.randn(cfg.frames, cfg.width))
-        # c_noise spans about 2.6 from sigma_min to sigma_max: waves from longer than that to a fortieth of it.
+        # c_noise spans about 2.3 from sigma_min to sigma_max: waves from longer than that to a fortieth of it.
         self.register_buffer("frequencies", torch.logspace(0, 2, cfg.width // 2))
         self.sigma_mlp = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.SiLU(), nn.Linear(cfg.width, cfg.width))
         self.label_table = nn.Embedding(NUM_CLASSES + 1, cfg.width)  # the last row is the null label
-        # The second lesson: the budget is told, not guessed. Full depth is the padding row, always zero,
-        # so that a Presto-L run at full depth is the plain DiT.
+        # Presto-L's second change: the budget is told, not guessed. Full depth is the padding row, always zero,
+        # so that Presto-L at full depth is the plain DiT.
         self.budget_table = nn.Embedding(cfg.depth + 1, cfg.width, padding_idx=cfg.depth)
         nn.init.zeros_(self.budget_table.weight)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads) for _ in range(cfg.depth))
@@ -430,12 +430,13 @@ def student_sigmas(steps, cfg):
 
 
 def draw_sigma(distribution, count, cfg, device):
-    """Draw noise levels (count,) from p(sigma^train), p(sigma^inf), or DMD2's fixed four.
+    """Draw noise levels (count,) from p(sigma^train), p(sigma^inf), or four fixed levels, as DMD2 has.
 
-    Mind sigma_max: DMD matches only the mixture of all that the generator makes of p_gen's levels. Where
-    noise hides everything a generator at first only says its class's mean; DMD makes up for these dull
-    outputs by making the others too loud. With EDM's sigma_max = 80 that was 40 % of p_gen's levels, and after
-    120 updates the outputs at sigma = 2.5 had a standard deviation of 0.55, not 0.5; with 20 it is less of both.
+    Why sigma_max matters as p_gen: the fake score does not know from which noise level a clip was made, so DMD
+    only matches the mixture over all of them. Where noise hides everything, a generator answers with its class's
+    mean, which is dull, and DMD makes up for that by making its other outputs too loud. With EDM's sigma_max
+    of 80, outputs at sigma = 2.5 had a standard deviation of 0.55 after 120 updates, where 0.50 is right; 20
+    leaves fewer dull ones, and took Presto-S at 4 steps from a Frechet distance of 0.32 to 0.24.
     """
     if distribution == "train":                                      # EDM, table 1: ln sigma is Gaussian
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
@@ -445,7 +446,7 @@ def draw_sigma(distribution, count, cfg, device):
 
 
 def add_noise(x, sigma):
-    """x + sigma * epsilon, with one sigma a sample."""
+    """x + sigma * epsilon, with one sigma a sample, or one for all."""
     return x + sigma.reshape(-1, 1, 1) * torch.randn_like(x)
 
 
@@ -495,10 +496,10 @@ def sample_heun(denoise, x, sigmas, label):
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, re-noise to the next sigma, repeat (as consistency models).
 
-    One evaluation a step, the condition passed plainly: guidance was distilled into the student. The paper
+    One evaluation a step, never with guidance: a student has it from its real score (generator_loss). The paper
     sees quality plateau near 4 steps and fall at 8 and 16. So does this toy, and here the reason can be heard:
-    DMD leaves a small bias in every call (a guided real score makes clips a little louder), every call starts
-    from the last one's output, and so the bias compounds (README, the table's rows for 8 and 16 steps).
+    DMD leaves the generator a little too loud at middling noise (draw_sigma says why), every call starts from
+    the last one's output, and so that compounds (README, the table's rows for 8 and 16 steps).
     """
     for index, sigma in enumerate(sigmas):
         if index > 0:
@@ -513,7 +514,7 @@ def sample_multistep(denoise, x, sigmas, label):
 
 
 def anneal(lr, step, total):
-    """A hundred steps of warm-up, then flat, then a linear fall to zero over the last 60 %. In the fall samples
+    """A hundred steps of warm-up, then flat, then a linear fall to zero over the last 60 %. While it falls samples
     become clean: a teacher had 48 % of its classes right before it, and all at its end."""
     return lr * min(1.0, (step + 1) / 100, (total - step) / (0.6 * total))
 
@@ -571,8 +572,9 @@ def drop_labels(label, share):
 
 
 def train_teacher(run, stage):
+    """Train the teacher by denoising score matching; returns its averaged weights."""
     cfg, bank = run.cfg, run.bank
-    model = Denoiser(cfg).to(run.device)
+    model = run.place(Denoiser(cfg))
     ema = averaged(model, cfg.teacher_ema)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for step in run.steps(stage, cfg.teacher_steps, model=model, ema=ema, optimizer=optimizer):
@@ -637,19 +639,19 @@ def layer_loss(model, x_real, label, sigma, budget, cfg):
     return loss
 
 
-def hidden_variances(model, bank, sigma, budget):
-    """Variance of the hidden state after each block that runs, on 64 latents at one noise level: what Presto!
-    means to preserve (abstract). The last one is what the output layer gets to see."""
+def hidden_variances(model, x, sigma, label, budget):
+    """Variances of the hidden state after each block that runs (a list): what Presto! means to preserve (abstract).
+    The last one is what the output layer gets to see."""
     seen = []
     hooks = [block.register_forward_hook(lambda _, inputs, h: seen.append(h.var().item())) for block in model.net.blocks]
-    x_real, label = bank.draw(64)
-    model(add_noise(x_real, sigma), sigma, label, budget)
+    model(x, sigma, label, budget)
     for hook in hooks:
         hook.remove()
     return seen
 
 
 def train_layers(run, stage):
+    """Train Presto-L, from the teacher; returns its averaged weights."""
     cfg, bank = run.cfg, run.bank
     model = run.load("teacher").requires_grad_(True)
     ema = averaged(model, cfg.teacher_ema)
@@ -696,13 +698,12 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
 
     g = (mu_fake(x_t) - mu_real(x_t)) / mean|x_gen - mu_real(x_t)|,  x_t = x_gen + sigma * noise
 
-    The scores are read on the generator's own output, noised at a random level, for a direction: where
-    the fake score, which knows what the generator makes, and the real one, which knows what it should
-    make, disagree. Neither is ever asked for a sample, so that neither need be good in one step. The
-    divisor brings every noise level and sample to a comparable scale; where the scores agree, nothing pulls.
+    Both scores denoise the generator's own output, noised at a random level. The fake one knows what the
+    generator makes, the real one what it should make; their difference is a direction, from the one to the
+    other. Neither is ever asked for a finished sample, so neither need be good in one step. The divisor brings every noise level and sample to a comparable scale; where the scores agree, nothing pulls.
     """
     x_t = add_noise(x_gen, sigma)                                    # step 3
-    real = real_score(x_t, sigma, label)                             # step 4, with guidance inside
+    real = real_score(x_t, sigma, label)                             # step 4, guided if dmd_cfg_scale > 1
     fake = fake_score(x_t, sigma, label)                             # step 4
     return (fake - real) / (x_gen - real).abs().mean((1, 2), keepdim=True).clamp_min(1e-6)
 
@@ -715,8 +716,8 @@ def dmd_loss(x_gen, gradient):
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator's update.
 
-    `real_score` is the guided teacher: mu(null) + w (mu(label) - mu(null)), the guidance that the student
-    then has no need of at inference. The GAN term is least squares: x_gen should be rated 1, "real".
+    `real_score` is the teacher, guided: mu(null) + w (mu(label) - mu(null)), so that the student has no need of
+    guidance at inference. The GAN term is least squares (paper): x_gen should be rated 1, "real".
     """
     count, device = len(x_gen), x_gen.device
     with torch.no_grad():
@@ -744,16 +745,16 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 
 
 def train_steps(run, stage):
-    """Presto-S, and Presto-LS: then the generator starts from Presto-L and drops layers, the scores do not.
+    """Train Presto-S; or Presto-LS, whose generator starts from Presto-L and drops layers.
 
-    Both scores keep full depth ("full-capacity score estimation", our reading): they are a measuring
-    instrument, and cost nothing at inference.
+    Its two scores do not ("full-capacity score estimation", our reading): they are a measuring instrument, and
+    cost nothing at inference. `ls_start` and `full_scores` are there to try the alternatives.
     """
     cfg, bank, layers = run.cfg, run.bank, stage == "presto-ls"
     model = run.load(cfg.ls_start if layers else "teacher").requires_grad_(True)
     real = run.load("teacher" if cfg.full_scores or not layers else "presto-l")
-    fake = copy.deepcopy(real).requires_grad_(True)
     head = Discriminator(cfg).to(run.device)
+    fake = run.load("teacher" if cfg.full_scores or not layers else "presto-l").requires_grad_(True)
     generator = with_budget(model, cfg.budgets_ls if layers else None, cfg)
     real_score, fake_score = (with_budget(m, cfg.budgets_ls if layers and not cfg.full_scores else None, cfg) for m in (real, fake))
     real_score = guided(real_score, cfg.dmd_cfg_scale)
@@ -770,8 +771,7 @@ def train_steps(run, stage):
 
     for step in run.steps(stage, cfg.student_steps, model=model, ema=ema, fake=fake, head=head,
                           generator_optimizer=generator_optimizer, fake_optimizer=fake_optimizer):
-        # Five to one, since the DMD gradient is only as true as the fake score is up to date: with fewer
-        # updates it lags behind the generator.
+        # Five to one, since the DMD gradient is only as true as the fake score is up to date.
         for _ in range(cfg.fake_updates):
             with torch.no_grad():
                 x_gen, x_real, label = make_x_gen()
@@ -801,6 +801,11 @@ def is_student(name):
     return name in ("presto-s", "presto-ls", "undistilled")
 
 
+def default_steps(name, cfg):
+    """How many steps a model is sampled in where nobody says."""
+    return 4 if is_student(name) else cfg.teacher_sampling_steps
+
+
 def sigmas_of(name, steps, cfg):
     """The noise levels that a model's sampler visits."""
     return (student_sigmas if is_student(name) else edm_sigmas)(steps, cfg)
@@ -827,7 +832,7 @@ def generate(name, model, label, steps, cfg):
 @torch.inference_mode()
 def timed_clips(name, model, vae, label, steps, cfg):
     """Clips (batch, time) for labels (batch,), as a user waits for them: with the seconds of network and decoder."""
-    synchronize = torch.cuda.synchronize if vae.mean.is_cuda else lambda: None
+    synchronize = getattr(torch, vae.mean.device.type).synchronize   # torch.cuda's, torch.mps's or torch.cpu's
     start = time.perf_counter()
     latents = generate(name, model, label.to(vae.mean.device), steps, cfg)
     synchronize()
@@ -896,12 +901,17 @@ class Run:
         file = pathlib.Path(folder, "config.json")
         try:
             about = json.loads(file.read_text())
-            cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()})
+            cfg = Config(**{f.name: f.type(about["config"].pop(f.name)) for f in dataclasses.fields(Config)}, **about["config"])
             return Run(folder, cfg, about["seed"], device)
         except FileNotFoundError:
             raise Trouble(f"{folder} holds no run: train one with `python presto.py train --out {folder}`")
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise Trouble(f"{file} is damaged, or of another version: start anew with `python presto.py train --out {folder} --fresh`")
+
+    def differs(self, config, seed, stages):
+        """What another config and seed have otherwise, of the seed and the knobs of these stages: a list of strings."""
+        knobs = [(f.name, config[f.name], getattr(self.cfg, f.name)) for f in dataclasses.fields(Config) if f.metadata["stage"] in stages]
+        return [f"{name} ({there} there, {here} here)" for name, there, here in [*knobs, ("seed", seed, self.seed)] if there != here]
 
     def open(self, first, fresh):
         """Make the folder ready to train: everything if `fresh`, else from stage `first` on, else what is missing.
@@ -910,16 +920,13 @@ class Run:
         only matters from there on (a knob's `stage`) may change: that is what --stage is for.
         """
         again = STAGES if fresh else STAGES[STAGES.index(first):] if first else []
-        config = dataclasses.asdict(self.cfg)
         if (self.folder / "config.json").exists() and not fresh:
             old = Run.existing(self.folder, self.device)
-            there, here = dict(dataclasses.asdict(old.cfg), seed=old.seed), dict(config, seed=self.seed)
-            free = [f.name for f in dataclasses.fields(Config) if f.metadata["stage"] in again]
-            differ = [f"{k} ({there[k]} there, {here[k]} here)" for k in here if there[k] != here[k] and k not in free]
+            differ = self.differs(dataclasses.asdict(old.cfg), old.seed, [stage for stage in STAGES if stage not in again])
             if differ:
                 raise Trouble(f"{self.folder} holds a run with another config: {', '.join(differ)}; "
                               "choose another --out, or --fresh to start it anew")
-        about = dict(config=config, seed=self.seed, device=str(self.device), torch=torch.__version__,
+        about = dict(config=dataclasses.asdict(self.cfg), seed=self.seed, device=str(self.device), torch=torch.__version__,
                      python=sys.version.split()[0], threads=torch.get_num_threads())
         with contextlib.suppress(OSError):                           # no git, no revision
             about["git"] = subprocess.run(["git", "rev-parse", "HEAD"], cwd=pathlib.Path(__file__).parent,
@@ -961,18 +968,17 @@ class Run:
         """Show figures at the bar's end: losses as they are now, `right` as it was last heard."""
         self.shown.update(values)
         if self.bar.n % 10 == 0 or "right" in values:
-            self.bar.set_postfix({k: f"{float(torch.as_tensor(v).detach()):.3f}" for k, v in self.shown.items()}, refresh=False)
+            self.bar.set_postfix({k: f"{torch.as_tensor(v).item():.3f}" for k, v in self.shown.items()}, refresh=False)
 
     def listens(self, step, total):
-        """Whether to listen at this step: six times a stage."""
-        return (step + 1) % max(total // 6, 1) == 0
+        """Whether to listen at this step: about six times a stage, and at its end."""
+        return (step + 1) % max(total // 6, 1) == 0 or step + 1 == total
 
     def right(self, stage, model):
         """The sample metric while training: the share right of one clip of every class."""
         label = torch.arange(NUM_CLASSES)
         seed_with(self.seed, "listen")
-        steps = 4 if is_student(stage) else self.cfg.teacher_sampling_steps
-        return share_right(timed_clips(stage, model, self.vae, label, steps, self.cfg)[0], label)
+        return share_right(timed_clips(stage, model, self.vae, label, default_steps(stage, self.cfg), self.cfg)[0], label)
 
     # ---- checkpoints --------------------------------------------------------------------------
     def train(self, stage):
@@ -1000,13 +1006,10 @@ class Run:
             with zipfile.ZipFile(path) as archive:                   # torch's files are zips, with a sum for each part
                 if archive.testzip():
                     raise zipfile.BadZipFile
-            saved = torch.load(path, map_location=self.device, weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
             for name, part in parts.items():
                 part.load_state_dict(saved["parts"][name])
-            then, now = dict(saved["config"], seed=saved["seed"]), dict(dataclasses.asdict(self.cfg), seed=self.seed)
-            earlier = STAGES[: STAGES.index(stage) + 1]              # its own stage's knobs matter, and those before
-            matter = ["seed"] + [f.name for f in dataclasses.fields(Config) if f.metadata["stage"] in earlier]
-            if any(then[k] != now[k] for k in matter):
+            if self.differs(saved["config"], saved["seed"], STAGES[: STAGES.index(stage) + 1]):   # its own knobs, and those before
                 raise ValueError
             return saved["step"]
         except FileNotFoundError:
@@ -1024,10 +1027,9 @@ class Run:
 
     def place(self, model):
         """A model on this run's device, compiled if that was asked for."""
-        model.to(self.device)
         if self.compile:
             model.compile()
-        return model
+        return model.to(self.device)
 
 
 # ================================================================================================
@@ -1057,10 +1059,11 @@ def check_config(cfg):
 def command_train(args):
     if args.fresh and args.stage:
         raise Trouble("--fresh trains every stage anew, --stage some of them: choose one")
+    if args.stage and STAGES.index(args.until) < STAGES.index(args.stage):
+        raise Trouble(f"--until {args.until} comes before --stage {args.stage}")
     device = pick_device(args.device)
     preset = args.preset if args.preset != "auto" else "gpu" if device.type == "cuda" else "cpu"
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
-    cfg = dataclasses.replace(Config(**PRESETS[preset]), **given)
+    cfg = Config(**PRESETS[preset] | {name: value for name, value in vars(args).items() if name in Config.__dataclass_fields__})
     check_config(cfg)
     run = Run(args.out, cfg, args.seed, device, args.save_every, args.compile)
     run.open(args.stage, args.fresh)
@@ -1073,21 +1076,21 @@ def command_train(args):
 
     start = time.monotonic()
     print(f"Training Presto! with the {preset} preset on {device}, seed {args.seed}, into {run.folder}", flush=True)
-    for stage in STAGES:
+    for stage in STAGES[: STAGES.index(args.until) + 1]:
         if run.path(stage, ".pt").exists():
             print(f"{stage:9}: done before")
             continue
         try:
             run.train(stage)
         except KeyboardInterrupt:
-            hint = ", but without --stage and --fresh, which start again" * bool(args.stage or args.fresh)
-            print(f"\n{run.stop.name}: stopped and saved at {run.where}. Run the same command{hint} to go on.", file=sys.stderr)
+            hint = " without --stage and --fresh, which start again" * bool(args.stage or args.fresh)
+            print(f"\n{run.stop.name}: stopped and saved at {run.where}. To go on, run the same command{hint}.", file=sys.stderr)
             return 128 + run.stop
         except Diverged as trouble:
             raise Trouble(f"{run.where}: {trouble}; most likely its learning rate is too high. The stages before it are kept: "
                           f"lower it, and train again with --stage {stage}")
-    print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes. Now: python presto.py sample --steps 4 --run {run.folder}")
-    return 0
+    after = f"sample --steps 4 --run {run.folder}" if args.until == STAGES[-1] else f"train --out {run.folder}, for the stages after"
+    print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes. Now: python presto.py {after}")
 
 
 def command_sample(args):
@@ -1097,9 +1100,7 @@ def command_sample(args):
         raise Trouble(str(error))
     run = Run.existing(args.run, pick_device(args.device))
     out = pathlib.Path(args.out)
-    if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
-        raise Trouble(f"--out {out}: not a folder that can be written to")
-    steps = args.steps or (4 if is_student(args.model) else run.cfg.teacher_sampling_steps)
+    steps = args.steps or default_steps(args.model, run.cfg)
     model, vae = run.load(args.model), run.vae
     timed_clips(args.model, model, vae, torch.tensor(labels[:1]), steps, run.cfg)   # warm-up: the first is timed as the rest
     print(f"{args.model}, {steps} steps, seed {args.seed}\n{'file':20}{'asked':13}{'heard':13}{'cents':>5}{'tonal':>7}")
@@ -1124,13 +1125,8 @@ def command_sample(args):
     network, decoder = (1000 * statistics.median(column) for column in zip(*times))
     summary = (f"{right} of {len(times)} right. A clip takes {network + decoder:.1f} ms (median; network {network:.1f}, decoder "
                f"{decoder:.1f}): {1000 * CLIP_SECONDS / (network + decoder):.0f} times real time on {run.device}.")
-    write_file(out / "index.html", toy_data.page(f"{args.model}, {steps} steps", summary, [], [], shown).encode())
+    write_file(out / "index.html", toy_data.page(f"{args.model}, {steps} steps", summary, [], shown).encode())
     print(f"{summary}\nTo see and hear them: {out / 'index.html'}")
-    return 0
-
-
-COLUMNS = dict(fd=".3f", mmd=".2f", right=".3f", pitch=".3f", timbre=".3f", density=".2f", recall=".2f", coverage=".2f", passes=".0f",
-               blocks=".1f", network_ms=".1f", decoder_ms=".1f", real_time=".0f", speedup=".1f", batch_ms=".2f")
 
 
 @torch.inference_mode()
@@ -1154,24 +1150,23 @@ def command_eval(args):
     wanted += [(name, n, None) for name in ("undistilled", "presto-s", "presto-ls") for n in (1, 2, 4, 8, 16)]
     models = {name: run.load(name) for name in STAGES[1:] if name in ("teacher", args.model) or args.model == "all"}
     models["undistilled"] = models["teacher"]
-    saturated = timed_median("teacher", models["teacher"], vae, full, cfg)
+    timed = functools.cache(timed_median)                            # for the saturated teacher is a row, too
+    saturated = timed("teacher", models["teacher"], vae, full, cfg)
     for name, steps, scale in tqdm([w for w in wanted if args.model in ("all", w[0])], desc="eval", unit="row"):
-        c = dataclasses.replace(cfg, cfg_scale=scale or 1.0)
+        c = cfg if scale is None else dataclasses.replace(cfg, cfg_scale=scale)
         seed_with(args.seed, "noise")                                # the same for every row
         waves, *seconds = zip(*(timed_clips(name, models[name], vae, part, steps, c) for part in label.split(NUM_CLASSES)))
-        reference_row = (name, steps, scale) == ("teacher", full, cfg.cfg_scale)
-        network, decoder = saturated if reference_row else timed_median(name, models[name], vae, steps, c)
+        network, decoder = timed(name, models[name], vae, steps, c)
         passes, blocks = cost(name, steps, cfg)
-        title = f"{name}, {steps} step{'s' * (steps > 1)}" + (f", w = {scale:g}" if scale else "")
+        title = f"{name}, {steps} step{'s' * (steps > 1)}" + ("" if scale is None else f", w = {scale:g}")
         clips[title] = torch.cat(waves)
         rows[title] = dict(
             toy_data.score(clips[title], label, reference), passes=passes, blocks=blocks, network_ms=1000 * network,
             decoder_ms=1000 * decoder, real_time=CLIP_SECONDS / (network + decoder), speedup=sum(saturated) / (network + decoder),
             batch_ms=1000 * statistics.median(map(sum, zip(*seconds))) / NUM_CLASSES)
 
-    table = [[title, *(format(row[c], f) if c in row else "" for c, f in COLUMNS.items())] for title, row in rows.items()]
-    for line in [["", *COLUMNS], *table]:
-        print(f"{line[0]:28}" + "".join(f"{cell:>{max(len(c) + 2, 8)}}" for cell, c in zip(line[1:], COLUMNS)))
+    table = toy_data.table(rows)
+    print(toy_data.aligned(table))
     floor = [toy_data.score(real(draw), label, reference) for draw in range(4)]
     floor = {c: (min(f[c] for f in floor), max(f[c] for f in floor)) for c in floor[0]}
     note = (f"{len(label)} clips a row, seed {args.seed}. Speed-up: one clip at a time, over the teacher at {full} steps; batch_ms: "
@@ -1180,18 +1175,18 @@ def command_eval(args):
     print(note)
     if "presto-l" in models:                                         # Presto-L's lesson: what does the output layer get to see?
         sigma = rho_schedule(torch.tensor(0.05), cfg).to(run.device)
-        budget = budget_at(sigma, cfg.budgets, cfg)
-        for name, blocks in (("teacher", None), ("presto-l", None), ("presto-l", budget)):
-            variances = hidden_variances(models[name], run.bank, sigma, blocks)
-            print(f"hidden variance after each block at sigma {sigma:.0f}, {name} with {blocks or cfg.depth} of {cfg.depth} blocks: "
+        x, c = vae.encode(other[:NUM_CLASSES].to(run.device)), label[:NUM_CLASSES].to(run.device)
+        for name, budget in (("teacher", cfg.depth), ("presto-l", cfg.depth), ("presto-l", budget_at(sigma, cfg.budgets, cfg))):
+            variances = hidden_variances(models[name], add_noise(x, sigma), sigma, c, budget)
+            print(f"Hidden variance after each block at sigma {sigma:.0f}, {name} with {budget} of {cfg.depth} blocks: "
                   + ", ".join(f"{v:.2f}" for v in variances))
-    write_file(run.folder / "eval.json", json.dumps(dict(rows=rows, floor=floor, count=args.count), indent=1).encode())
+    part = "" if args.model == "all" else "-" + args.model           # beside the whole table, not over it
+    write_file(run.folder / f"eval{part}.json", json.dumps(dict(rows=rows, floor=floor, count=args.count), indent=1).encode())
     shown = {p: toy_data.parse_prompt(p)[0] for p in ("A3 sine", "C4 organ", "E4 square", "G4 saw")}
-    write_file(run.folder / "report.html", toy_data.page(
-        f"Presto! on tones: {run.folder.name}", note, ["", *COLUMNS], table,
+    write_file(run.folder / f"report{part}.html", toy_data.page(
+        f"Presto! on tones: {run.folder.name}", note, table,
         {p: [(title, wave[i]) for title, wave in clips.items()] for p, i in shown.items()}).encode())
-    print(f"To see and hear it: {run.folder / 'report.html'}")
-    return 0
+    print(f"To see and hear it: {run.folder / f'report{part}.html'}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1199,25 +1194,26 @@ class Parser(argparse.ArgumentParser):
         raise Trouble(f"{message} (see `{self.prog} -h`)")
 
 
-def parse_as(kind, low=None, high=None):
+def parse_as(kind, low, high):
     """An argparse type for one Config field or option, which says what it would have accepted."""
+    read, wanted = {bool: (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
+                    tuple: (lambda text: tuple(map(float, text.split(","))), f"numbers from {low} to {high} with commas between"),
+                    int: (int, f"a whole number from {low:g} to {high:g}"),
+                    float: (float, f"a number from {low:g} to {high:g}")}[kind]
+
     def parse(text):
-        try:
-            value = {"true": True, "false": False}[text.lower()] if kind is bool else [float(v) for v in text.split(",")] if (
-                kind is tuple) else kind(text)
-            if kind in (bool, str) or all(low <= v <= high for v in (value if kind is tuple else [value])):
-                return tuple(value) if kind is tuple else value
-        except (KeyError, ValueError):
-            pass
-        wanted = {bool: "true or false", tuple: "numbers with commas between", int: "a whole number", float: "a number"}[kind]
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted}" + f" from {low:g} to {high:g}" * (kind is not bool))
+        with contextlib.suppress(KeyError, ValueError):
+            value = read(text)
+            if all(low <= v <= high for v in (value if kind is tuple else [value])):
+                return value
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted}")
     return parse
 
 
 def make_parser():
     parser = Parser("presto.py", description=__doc__.partition("An unofficial")[0].strip(), allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", metavar="train | sample | eval", parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", metavar="train | sample | eval")
 
     def command(name, function, help, description, folder):
         sub = commands.add_parser(name, usage=f"presto.py {name} [options]", allow_abbrev=False, help=help, description=description)
@@ -1233,14 +1229,15 @@ def make_parser():
                   "stages only oscillate.", "--out")
     sub.add_argument("--preset", default="auto", choices=["auto", *PRESETS], help="auto: gpu on cuda, else cpu; tiny is for tests")
     sub.add_argument("--stage", choices=STAGES, help="train again from this stage on")
+    sub.add_argument("--until", choices=STAGES, default=STAGES[-1], help="train no further than this stage (default %(default)s)")
     sub.add_argument("--fresh", action="store_true", help="forget what the folder holds and start anew")
     sub.add_argument("--compile", action="store_true", help="torch.compile the networks: needs a C++ compiler")
     sub.add_argument("--save_every", default=60.0, type=parse_as(float, 0, 1e9), help="seconds between checkpoints (default 60)")
     group = sub.add_argument_group("config", "the method's numbers and their reasons; the defaults shown are the cpu preset's")
     for field in dataclasses.fields(Config):
         default, why = ",".join(map(str, field.default)) if field.type is tuple else field.default, field.metadata["why"]
-        group.add_argument(f"--{field.name}", type=parse_as(field.type, field.metadata["low"], field.metadata["high"]),
-                           default=argparse.SUPPRESS, choices=field.metadata["choices"], metavar=field.type.__name__,
+        kind = str if field.type is str else parse_as(field.type, field.metadata["low"], field.metadata["high"])
+        group.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS, choices=field.metadata["choices"], metavar=field.type.__name__,
                            help=f"{why} (default {default})".replace("%", "%%"))
 
     sub = command("sample", command_sample, "write clips, and say what is heard in them",
@@ -1264,13 +1261,14 @@ def main(arguments=None):
     try:
         args, unknown = parser.parse_known_args(arguments)
         if unknown:
-            options = ["--" + name for name in [*vars(args), *(field.name for field in dataclasses.fields(Config))]]
+            knobs = list(Config.__dataclass_fields__) if args.command == "train" else []
+            options = ["--" + name for name in {*vars(args), *knobs} - {"command", "function"}]
             near = "".join(f"did you mean {o}? " for o in difflib.get_close_matches(unknown[0][:40], options, 1))
-            raise Trouble(f"unknown {unknown[0][:40]!r}: {near}See `presto.py {args.command or ''} -h`")
+            raise Trouble(f"unknown {unknown[0][:40]!r}: {near}See `presto.py {args.command or 'train'} -h`")
         if args.command is None:
             parser.print_help()
             return 0
-        return args.function(args)
+        return args.function(args) or 0
     except Trouble as trouble:
         print(f"presto.py: {trouble}", file=sys.stderr)
         return 2

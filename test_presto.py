@@ -171,6 +171,14 @@ def test_heun_with_the_true_denoiser_turns_noise_into_data():
     assert 3.5 < error(64) / error(128) < 4.5
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cpu_and_gpu_agree_on_fixed_latents(model):
+    x, sigma = torch.randn(SHAPE), torch.rand(6) + 0.5
+    on_cpu = model(x, sigma, labels())
+    on_gpu = model.cuda()(x.cuda(), sigma.cuda(), labels().cuda()).cpu()
+    assert torch.allclose(on_cpu, on_gpu, atol=0.05)   # bfloat16 there, float32 here
+
+
 # ---- DiT and Presto-L ---------------------------------------------------------------------------
 
 

@@ -300,12 +300,27 @@ for (const canvas of document.querySelectorAll("canvas")) {   // one byte a pixe
 """
 
 
-def page(title, intro, columns, rows, groups):
-    """A self-contained HTML page. rows: lists of strings under `columns`; groups: {heading: [(caption, wave)]}."""
+COLUMNS = dict(fd=".3f", mmd=".2f", right=".3f", pitch=".3f", timbre=".3f", density=".2f", recall=".2f", coverage=".2f", passes=".0f",
+               blocks=".1f", network_ms=".1f", decoder_ms=".1f", real_time=".0f", speedup=".1f", batch_ms=".2f")
+
+
+def table(rows):
+    """{title: {column: figure}} -> lines of strings, the names of COLUMNS first; a figure that a row lacks is ""."""
+    return [["", *COLUMNS]] + [[title, *(format(row[c], f) if c in row else "" for c, f in COLUMNS.items())] for title, row in rows.items()]
+
+
+def aligned(lines):
+    """A table's lines as text in columns, for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(line[0].ljust(widths[0]) + "".join(c.rjust(w + 2) for c, w in zip(line[1:], widths[1:])) for line in lines)
+
+
+def page(title, intro, lines, groups):
+    """A self-contained HTML page. lines: those of `table`, or none; groups: {heading: [(caption, wave)]}."""
     cells = lambda tag, row: "<tr><th scope='row'>%s</th>" % html.escape(row[0]) + "".join(
         f"<{tag}>{html.escape(x)}</{tag}>" for x in row[1:]) + "</tr>"
-    table = "<div class='table' tabindex='0' role='region' aria-label='Table of figures'><table>%s%s</table></div>" % (
-        cells("th", columns), "".join(cells("td", row) for row in rows)) if rows else ""
+    figures = "<div class='table' tabindex='0' role='region' aria-label='Table of figures'><table>%s%s</table></div>" % (
+        cells("th", lines[0]), "".join(cells("td", row) for row in lines[1:])) if lines else ""
     clips = []
     for heading, sounds in groups.items():
         clips.append(f"<h2>{html.escape(heading)}</h2><div class='clips'>")
@@ -320,4 +335,4 @@ def page(title, intro, columns, rows, groups):
                 f"data-pixels='{encode(pixels.numpy().tobytes())}'></canvas>"
                 f"<audio controls aria-label='{name}' src='data:audio/wav;base64,{encode(wav_bytes(wave))}'></audio></figure>")
         clips.append("</div>")
-    return PAGE % dict(title=html.escape(title), intro=html.escape(intro), table=table, clips="\n".join(clips))
+    return PAGE % dict(title=html.escape(title), intro=html.escape(intro), table=figures, clips="\n".join(clips))
