@@ -127,6 +127,7 @@ def test_the_schedules_fall_from_sigma_max_and_end_where_they_should():
         assert len(teacher) == steps + 1 and len(student) == steps
         assert teacher[0] == pytest.approx(CFG.sigma_max) and student[0] == pytest.approx(CFG.sigma_max)
         assert teacher[-1] == 0 and (teacher.diff() < 0).all() and (student.diff() < 0).all()
+        assert torch.allclose(student, presto.rho_schedule(torch.arange(steps) / (steps + 1), CFG))
         if steps > 1:
             assert teacher[-2] == pytest.approx(CFG.sigma_min, rel=1e-3) and student[-1] > CFG.sigma_min
     # EDM's equation 5 with its own numbers, at the middle of three steps.
@@ -221,6 +222,15 @@ def test_presto_l_always_runs_the_last_block_and_ase_does_not(model):
     assert calls_of(model.net.blocks, run) == [0, 1]
 
 
+def test_hidden_variances_are_those_of_the_blocks_that_run(model):
+    x, sigma, seen = torch.randn(SHAPE), torch.tensor(3.0), []
+    handle = model.net.blocks[-1].register_forward_hook(lambda m, i, out: seen.append(out.var()))
+    variances = presto.hidden_variances(model, x, sigma, labels(), 3)
+    handle.remove()
+    assert len(variances) == 3 and variances[-1] == pytest.approx(seen[0].item())
+    assert len(presto.hidden_variances(model, x, sigma, labels(), None)) == CFG.depth and not model.net.blocks[0]._forward_hooks
+
+
 @pytest.mark.parametrize("shift", [True, False])
 def test_masking_in_training_equals_skipping_at_inference(model, shift):
     model.net.shift = shift
@@ -243,6 +253,8 @@ def test_the_budget_falls_as_the_noise_grows():
     sigmas = presto.rho_schedule(1 - (torch.arange(10) + 0.5) / 10, cfg)
     assert presto.budget_at(sigmas, cfg.budgets, cfg).tolist() == [28, 28, 24, 24, 20, 20, 16, 16, 12, 12]
     assert presto.budget_at(sigmas[9], cfg.budgets, cfg) == 12
+    on_edges = presto.rho_schedule(torch.arange(1, 10) / 10, cfg)     # floats must not decide: the noisier bin does
+    assert presto.budget_at(on_edges, cfg.budgets, cfg).tolist() == [12, 12, 16, 16, 20, 20, 24, 24, 28]
 
 
 def test_the_self_teacher_pulls_the_short_pass_to_the_full_one_and_not_back(model):
@@ -426,16 +438,18 @@ def test_five_fake_updates_for_each_generator_update(trained, tmp_path, monkeypa
     assert order == ([CFG.fake_lr] * 5 + [CFG.generator_lr]) * CFG.student_steps
 
 
-def test_the_generator_drops_layers_in_presto_ls_and_the_scores_never(trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("full_scores", [True, False])
+def test_the_generator_drops_layers_in_presto_ls_and_the_scores_only_if_asked(trained, tmp_path, monkeypatch, full_scores):
     shutil.copytree(trained, tmp_path / "run")
     budgets = {}
     forward = presto.Denoiser.forward
     monkeypatch.setattr(presto.Denoiser, "forward", lambda self, x, sigma, label, budget=None, half=False:
                         budgets.setdefault(id(self), []).append(budget is not None) or forward(self, x, sigma, label, budget, half))
     monkeypatch.setattr(presto.Run, "listens", lambda *_: False)
-    presto.main(["train", "--preset", "tiny", "--out", str(tmp_path / "run"), "--device", "cpu", "--stage", "presto-ls"])
-    assert sorted(set(map(tuple, ({*b} for b in budgets.values())))) == [(False,), (True,)]
-    assert sum(all(b) for b in budgets.values()) == 1  # one denoiser drops layers always, the others never
+    assert presto.main(["train", "--preset", "tiny", "--out", str(tmp_path / "run"), "--device", "cpu", "--stage", "presto-ls",
+                        "--full_scores", str(full_scores)]) == 0
+    assert all(len(set(b)) == 1 for b in budgets.values())           # a denoiser drops layers always, or never
+    assert sorted(b[0] for b in budgets.values()) == [not full_scores, not full_scores, True]   # real, fake, generator
 
 
 def test_presto_s_starts_from_the_teacher_and_presto_ls_from_presto_l(trained, tmp_path):
@@ -443,7 +457,12 @@ def test_presto_s_starts_from_the_teacher_and_presto_ls_from_presto_l(trained, t
     assert presto.main(["train", "--preset", "tiny", "--out", str(tmp_path / "run"), "--device", "cpu", "--stage", "presto-s",
                         "--generator_lr", "0"]) == 0    # a generator that cannot learn stays what it started from
     run = presto.Run.existing(tmp_path / "run", torch.device("cpu"))
-    for student, start in (("presto-s", "teacher"), ("presto-ls", "presto-l")):
+    starts = [("presto-s", "teacher", run), ("presto-ls", "presto-l", run)]
+    shutil.copytree(trained, tmp_path / "other")
+    assert presto.main(["train", "--preset", "tiny", "--out", str(tmp_path / "other"), "--device", "cpu", "--stage", "presto-s",
+                        "--generator_lr", "0", "--ls_start", "presto-s"]) == 0
+    starts.append(("presto-ls", "presto-s", presto.Run.existing(tmp_path / "other", torch.device("cpu"))))
+    for student, start, run in starts:
         started, ended = run.load(start).state_dict(), run.load(student).state_dict()
         assert all(torch.allclose(started[k], ended[k], atol=1e-7) for k in started)
 
@@ -543,6 +562,10 @@ def test_eval_writes_a_table_and_one_page_that_needs_nothing_else(trained, capsy
     assert "presto-ls, 4 steps" in out and saved["presto-ls, 4 steps"]["passes"] == 4
     text = (trained / "report.html").read_text()
     assert text.count("<audio controls aria-label=") == text.count("<canvas role='img' aria-label=") > 20
+    assert all(line in out for line in ("teacher with 4 of 4 blocks: ", "presto-l with 2 of 4 blocks: "))
+    assert presto.main(["eval", "--run", str(trained), "--count", "2", "--device", "cpu", "--model", "presto-s"]) == 0
+    part = json.loads((trained / "eval-presto-s.json").read_text())["rows"]
+    assert [t for t in saved if "presto-s" in t] == list(part)[2:] and json.loads((trained / "eval.json").read_text())["rows"] == saved
     assert "http" not in text and "<th scope='row'>presto-s, 16 steps</th>" in text
 
 
@@ -690,7 +713,7 @@ BAD = [
     (S + ["--model", "presto"], "presto-ls"), (S + ["--device", "tpu"], "cpu"), (S + ["--step", "4"], "did you mean --steps"),
     (S + ["--model", "presto-s2"], "presto-s"), (S + ["--model", "vae"], "presto-s"), (S + ["extra"], "extra"), (S[:1] + ["--run", "nowhere"], "nowhere"),
     (["sample", "--run", "RUN", "--out", "FILE"], "FILE"), (["paint"], "train"), (["train", "--out", "FILE"], "FILE"),
-    (T + ["--preset", "huge"], "tiny"), (T + ["--stage", "presto"], "presto-ls"), (T + ["--seed", "abc"], "abc"),
+    (T + ["--stage", "presto-s", "--until", "vae"], "before"), (T + ["--preset", "huge"], "tiny"), (T + ["--full_scores", "1"], "true or false"), (T + ["--stage", "presto"], "presto-ls"), (T + ["--seed", "abc"], "abc"),
     (T + ["--device", "tpu"], "cpu"), (T + ["--width", "18"], "18"), (T + ["--heads", "3"], "of --heads 3"),
     (T + ["--depth", "0"], "0"), (T + ["--depth", "1"], "from 2"), (T + ["--teacher_step", "4"], "did you mean --teacher_steps"), (T + ["--budgets", "1,2"], "to 1"),
     (T + ["--budgets", "a,b"], "commas"), (T + ["--budgets", ""], "commas"), (T + ["--stride", "500"], "8192"),
@@ -720,6 +743,14 @@ def test_a_loss_that_is_no_number_stops_training_and_says_where(tmp_path, capsys
     assert presto.main(["train", "--preset", "tiny", "--out", str(tmp_path), "--device", "cpu", "--vae_lr", "1e7"]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert "vae, step" in err and "learning rate" in err and not (tmp_path / "vae.pt").exists()
+
+
+def test_until_stops_there_and_says_how_to_go_on(trained, tmp_path, capsys):
+    for until, there in (("vae", 1), ("presto-l", 3)):
+        assert presto.main(["train", "--preset", "tiny", "--out", str(tmp_path), "--device", "cpu", "--until", until]) == 0
+        assert len(list(tmp_path.glob("*.pt"))) == there and "train --out" in capsys.readouterr().out
+    assert presto.main(["train", "--preset", "tiny", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert same_weights(trained, tmp_path)
 
 
 def test_help_teaches(capsys):
