@@ -601,7 +601,10 @@ def train_teacher(run, stage):
 #
 # Its weakness, says Presto!: a DiT's hidden state grows sharply in its last blocks and the output layer
 # expects that, but an early exit shows it a hidden state from before. Hence `shift`, `budget_embedding`
-# (see DiT), and a third change, in layer_loss: the full-depth pass teaches the short one.
+# (see DiT), and a third change, in layer_loss: the full-depth pass teaches the short one. Here that is so: at
+# sigma = 15 the output layer sees a variance of 125 in the teacher, 12 in ASE, 60 in Presto-L, and the Frechet
+# distance is 0.81 for ASE, 0.44 for Presto-L; shift without L_st, or L_st without shift, is worse than ASE
+# (medians of three seeds; README, row 8).
 
 
 def budget_at(sigma, shares, cfg):
@@ -719,7 +722,8 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator's update.
 
     `real_score` is the teacher, guided: mu(null) + w (mu(label) - mu(null)), so that the student has no need of
-    guidance at inference. The GAN term is least squares (paper): x_gen should be rated 1, "real".
+    guidance at inference. The GAN term is least squares (paper): x_gen should be rated 1, "real". At the paper's
+    weights it changes nothing that can be heard in a stage as short as ours (README, row 6).
     """
     count, device = len(x_gen), x_gen.device
     with torch.no_grad():
@@ -774,7 +778,8 @@ def train_steps(run, stage):
 
     for step in run.steps(stage, cfg.student_steps, model=model, ema=ema, fake=fake, head=head,
                           generator_optimizer=generator_optimizer, fake_optimizer=fake_optimizer):
-        # Five to one, since the DMD gradient is only as true as the fake score is up to date.
+        # Five to one, since the DMD gradient is only as true as the fake score is up to date. Here, at 4 steps,
+        # 1, 3 and 5 gave a coverage of 0.82, 0.90 and 0.90: three would do (README, row 3).
         for _ in range(cfg.fake_updates):
             with torch.no_grad():
                 x_gen, x_real, label = make_x_gen()
