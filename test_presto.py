@@ -27,6 +27,7 @@ from toy_data import NULL_LABEL, NUM_CLASSES
 CFG = presto.Config(**presto.PRESETS["tiny"])
 ASE = dataclasses.replace(CFG, shift=False, budget_embedding=False, self_teacher=0.0)
 SHAPE = (6, CFG.latent_channels, CFG.frames)          # of every batch of latents here
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes a minute or more; run with SLOW=1")
 
 
 @pytest.fixture(autouse=True)
@@ -638,7 +639,7 @@ def test_the_same_seed_trains_the_same_weights_and_an_interrupted_run_ends_alike
     assert same_weights(trained, tmp_path)
 
 
-@pytest.mark.slow
+@slow
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     """SIGKILL, which no program can catch: whatever is then in the folder is whole, and the end is the same."""
     more = ["--vae_steps", "60", "--teacher_steps", "60", "--layer_steps", "60", "--student_steps", "30"]
@@ -654,7 +655,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     assert same_weights(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.slow
+@slow
 def test_compiled_networks_train_to_nearly_the_same_weights(trained, tmp_path):
     assert presto.main(["train", "--preset", "tiny", "--out", str(tmp_path), "--device", "cpu", "--compile"]) == 0
     a, b = weights(trained), weights(tmp_path)
