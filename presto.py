@@ -1166,7 +1166,8 @@ def command_eval(args):
         waves, *seconds = zip(*(timed_clips(name, models[name], vae, part, steps, c) for part in label.split(NUM_CLASSES)))
         network, decoder = timed(name, models[name], vae, steps, c)
         passes, blocks = cost(name, steps, cfg)
-        title = f"{name}, {steps} step{'s' * (steps > 1)}" + ("" if scale is None else f", w = {scale:g}")
+        known_as = "ase" if name == "presto-l" and not (cfg.shift or cfg.budget_embedding or cfg.self_teacher) else name
+        title = f"{known_as}, {steps} step{'s' * (steps > 1)}" + ("" if scale is None else f", w = {scale:g}")
         clips[title] = torch.cat(waves)
         rows[title] = dict(
             toy_data.score(clips[title], label, reference), passes=passes, blocks=blocks, network_ms=1000 * network,

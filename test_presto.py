@@ -584,6 +584,14 @@ def test_eval_writes_a_table_and_one_page_that_needs_nothing_else(trained, capsy
     assert "http" not in text and "<th scope='row'>presto-s, 16 steps</th>" in text
 
 
+def test_presto_l_without_its_three_changes_is_called_ase(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    assert presto.main(["train", "--preset", "tiny", "--out", str(tmp_path / "run"), "--device", "cpu", "--stage", "presto-l",
+                        "--until", "presto-l", "--shift", "false", "--budget_embedding", "false", "--self_teacher", "0"]) == 0
+    assert presto.main(["eval", "--run", str(tmp_path / "run"), "--count", "2", "--device", "cpu", "--model", "presto-l"]) == 0
+    assert "\nase, 4 steps, w = 1.25" in capsys.readouterr().out
+
+
 # ---- faults and bad input -----------------------------------------------------------------------
 
 
