@@ -641,7 +641,7 @@ def stopped(folder, number, seconds, *more):
 
 def test_the_same_seed_trains_the_same_weights_and_an_interrupted_run_ends_alike(trained, tmp_path):
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9), (None, 0)):
-        err, returned = stopped(tmp_path, number, 0.2)
+        err, returned = stopped(tmp_path, number, 0.05)     # soon: a fast machine must not be done before
         assert returned == status
         assert returned < 130 or f"{signal.Signals(number).name}: stopped and saved" in err
     assert same_weights(trained, tmp_path)
@@ -664,8 +664,11 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
 
 
 @slow
-def test_compiled_networks_train_to_nearly_the_same_weights(trained, tmp_path):
+def test_compiled_networks_train_to_nearly_the_same_weights(trained, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(presto.Denoiser, "compile", lambda self: compiled.append(self) or torch.nn.Module.compile(self))
     assert presto.main(["train", "--preset", "tiny", "--out", str(tmp_path), "--device", "cpu", "--compile"]) == 0
+    assert len(compiled) == 1 + 1 + 3 + 3              # teacher, Presto-L, and three networks in each student's stage
     a, b = weights(trained), weights(tmp_path)
     assert all(torch.allclose(a[f][k], b[f][k], atol=1e-2) for f in a for k in a[f])
 
