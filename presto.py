@@ -30,6 +30,8 @@ SYMBOLS (the paper's name, then the name in this file)
     D_psi           head            the discriminator's head, on fake_score's half-way activations
     p(sigma^train)  "train"         EDM's log-normal training distribution of sigma
     p(sigma^inf)    "inf"           what EDM's rho-schedule visits at inference, made continuous
+    p_gen, p_DMD,   p_gen, p_dmd,   which of these two is drawn from, at the four places where noise is used;
+    p_DSM, p_GAN    p_dsm, p_gan    DMD: distribution matching distillation, DSM: denoising score matching
 
 THE PRESTO-S LOOP (the paper's Figure 1; the numbers come back as comments in Part 6)
 
@@ -81,8 +83,8 @@ STAGES = ["vae", "teacher", "presto-l", "presto-s", "presto-ls"]   # in the orde
 
 
 def knob(stage, default, why, low=None, high=1e7, choices=None):
-    """A Config field: its value, the first stage that it changes, its reason (shown by `train -h`), and what
-    the command line accepts for it: at least 1 for a whole number and 0 for another, unless `low` says more."""
+    """A Config field: its value, the first stage to train again when it changes, its reason (shown by `train -h`), and
+    what the command line accepts: at least 1 for a whole number and 0 for another, unless `low` says otherwise."""
     low = low if low is not None else 1 if type(default) is int else 0.0
     return dataclasses.field(default=default, metadata=dict(stage=stage, why=why, low=low, high=high, choices=choices))
 
@@ -91,7 +93,7 @@ def knob(stage, default, why, low=None, high=1e7, choices=None):
 class Config:
     """All settings. The defaults are the `cpu` preset; PRESETS holds what the others change."""
     # VAE
-    stride: int = knob("vae", 512, "samples a latent frame: 16 a clip; with 32, a teacher had 10 % of classes right after 90 s, not 59 %")
+    stride: int = knob("vae", 512, "samples in a latent frame; 512 makes 16 frames of a clip: with 32, a teacher had 10 % of classes right after 90 s, not 59 %")
     latent_channels: int = knob("vae", 16, "in an early trial 16 gave 20.9 dB and 99.5 % of classes right, 8 gave 19.5 dB and 95 %")
     vae_width: int = knob("vae", 256, "channels at frame rate")
     encoder_blocks: int = knob("vae", 3, "residual blocks in the encoder")
@@ -107,21 +109,21 @@ class Config:
     heads: int = knob("teacher", 4, "attention heads")
     sigma_data: float = knob("vae", 0.5, "standard deviation of the latents (EDM)", low=1e-3)
     sigma_min: float = knob("presto-l", 0.002, "lowest noise level (EDM)", low=1e-6)
-    sigma_max: float = knob("presto-l", 20.0, "highest noise level; EDM's 80 is for images: see draw_sigma")
+    sigma_max: float = knob("presto-l", 20.0, "highest noise level; EDM's 80 is for images: see train_steps")
     rho: float = knob("presto-l", 7.0, "bends the sigma schedule towards low noise (EDM)", low=1.0)
-    P_mean: float = knob("teacher", 0.4, "mean of ln sigma in training; EDM's -1.2, for images, is too low: a "
-                                         "tone is many dimensions moving together, still heard at sigma = 10", low=-20.0)
+    P_mean: float = knob("teacher", 0.4, "mean of ln sigma in training; EDM's -1.2, for images, is too low: all of a "
+                                         "tone's dimensions vary together, so it can still be told at sigma = 10", low=-20.0)
     P_std: float = knob("teacher", 1.6, "standard deviation of ln sigma in training (EDM: 1.2)")
     # Teacher
     bank: int = knob("teacher", 16384, "clips encoded once, from which all later stages draw their x_real")
     teacher_steps: int = knob("teacher", 4500, "training steps")
     batch: int = knob("teacher", 32, "clips a step, for the teacher and Presto-L")
     teacher_lr: float = knob("teacher", 1e-3, "Adam's learning rate, falling to zero")
-    teacher_ema: float = knob("teacher", 0.998, "decay of the averaged weights, which are what is sampled", high=0.99999)
+    teacher_ema: float = knob("teacher", 0.998, "decay of the averaged weights, which are what is sampled, also of Presto-L", high=0.99999)
     label_dropout: float = knob("teacher", 0.1, "share of null labels, so that CFG has its two halves", high=0.99)
     cfg_scale: float = knob("presto-l", 1.25, "w of classifier-free guidance when the teacher is sampled")
     teacher_sampling_steps: int = knob("presto-l", 16, "Heun steps at which the teacher stops improving")
-    # Presto-L
+    # Presto-L (Part 5)
     budgets: tuple = knob("presto-l", (1.0, 1.0, .86, .86, .71, .71, .57, .57, .43, .43),
                           "share of the blocks that run, over ten bins of noise from clean to noisy (ASE)", low=0.01, high=1.0)
     shift: bool = knob("presto-l", True, "the last block always runs, and what is dropped lies before it (Presto-L's change 1 to ASE)")
@@ -129,7 +131,7 @@ class Config:
     self_teacher: float = knob("presto-l", 1.0, "weight of L_st, full depth teaching the short pass (change 3)")
     layer_steps: int = knob("presto-l", 800, "training steps")
     layer_lr: float = knob("presto-l", 3e-4, "Adam's learning rate, falling to zero (ASE: 1e-5, at its scale)")
-    # Presto-S and Presto-LS
+    # Presto-S and Presto-LS (Part 6)
     p_gen: str = knob("presto-s", "inf", "noise on the generator's input: inf, train, or four (fixed levels, as in DMD2)",
                       choices=["inf", "train", "four"])
     p_dmd: str = knob("presto-s", "train", "noise under which the two scores are compared: train or inf", choices=["train", "inf"])
@@ -145,7 +147,7 @@ class Config:
     fake_lr: float = knob("presto-s", 2e-4, "Adam's learning rate of fake score and head, constant")
     student_ema: float = knob("presto-s", 0.98, "decay of the generator's averaged weights", high=0.99999)
     budgets_ls: tuple = knob("presto-ls", (1.0, 1.0, 1.0, 1.0, 1.0, .86, .86, .57, .43, .43),
-                             "as budgets, but milder, for Presto-LS's generator (our reading)", low=0.01, high=1.0)
+                             "as budgets, but milder, for Presto-LS's generator, each of whose few calls must do more (our reading)", low=0.01, high=1.0)
     ls_start: str = knob("presto-ls", "presto-l", "what Presto-LS's generator starts from: layers first, then steps (our reading)",
                          choices=["presto-l", "presto-s"])
     full_scores: bool = knob("presto-ls", True, "Presto-LS's two scores keep full depth (our reading)")
@@ -334,7 +336,7 @@ class DiT(nn.Module):
         self.depth, self.shift, self.budget_embedding = cfg.depth, cfg.shift, cfg.budget_embedding
         self.inp = nn.Linear(cfg.latent_channels, cfg.width)
         self.position = nn.Parameter(0.02 * torch.randn(cfg.frames, cfg.width))
-        # c_noise spans about 2.3 from sigma_min to sigma_max: waves from longer than that to a fortieth of it.
+        # c_noise spans 2.3 from sigma_min to sigma_max: wavelengths from 2 pi / 1 to 2 pi / 100, longer and far shorter.
         self.register_buffer("frequencies", torch.logspace(0, 2, cfg.width // 2))
         self.sigma_mlp = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.SiLU(), nn.Linear(cfg.width, cfg.width))
         self.label_table = nn.Embedding(NUM_CLASSES + 1, cfg.width)  # the last row is the null label
@@ -354,7 +356,7 @@ class DiT(nn.Module):
         """Whether block `index` runs: a bool for an int budget, booleans (batch,) for one a sample."""
         if budget is None:
             return True
-        if self.shift:                                               # who comes first: the last block, then 0, 1, ...
+        if self.shift:                                               # its rank: the last block is kept before block 0, 1, ...
             index = 0 if index == self.depth - 1 else index + 1
         return index < budget
 
@@ -384,8 +386,8 @@ class DiT(nn.Module):
 #     denoise(x, sigma, label) -> x0
 #
 # x: noisy latents (batch, channels, frames), that is x0 + sigma * noise; sigma: a scalar tensor, or one
-# value a sample (batch,); label: (batch,) class indices, NULL_LABEL for none; x0: the expected clean
-# latents, of x's shape. Teacher, fake score, generator, and the wrappers `guided` and `with_budget`
+# value a sample (batch,); label: (batch,) class indices, NULL_LABEL for none; x0: clean latents, of x's
+# shape: the mean of all that fit x, or, if a generator answers, one sample of them. Teacher, fake score, generator, and the wrappers `guided` and `with_budget`
 # below are all denoisers; samplers take any of them.
 
 
@@ -431,14 +433,7 @@ def student_sigmas(steps, cfg):
 
 
 def draw_sigma(distribution, count, cfg, device):
-    """Draw noise levels (count,) from p(sigma^train), p(sigma^inf), or four fixed levels, as DMD2 has.
-
-    Why sigma_max matters as p_gen: the fake score does not know from which noise level a clip was made, so DMD
-    only matches the mixture over all of them. Where noise hides everything, a generator answers with its class's
-    mean, which is dull, and DMD makes up for that by making its other outputs too loud. With EDM's sigma_max
-    of 80, Presto-S's at sigma = 2.5 had a standard deviation of 0.55 after 120 updates, where 0.50 is right, and
-    its clips of 4 steps (at u = i / 4) were 1 dB too loud. 20 leaves fewer dull ones: within 0.3 dB (seed 0).
-    """
+    """Draw noise levels (count,) from p(sigma^train), p(sigma^inf), or four fixed levels, as DMD2 has."""
     if distribution == "train":                                      # EDM, table 1: ln sigma is Gaussian
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
     if distribution == "inf":
@@ -497,10 +492,10 @@ def sample_heun(denoise, x, sigmas, label):
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, re-noise to the next sigma, repeat (as consistency models).
 
-    One evaluation a step, never with guidance: a student has it from its real score (generator_loss). The paper
-    sees quality plateau near 4 steps and fall at 8 and 16. So does this toy, and here the reason can be heard:
-    DMD leaves the generator a little too loud at middling noise (draw_sigma says why), every call starts from
-    the last one's output, and so that compounds (README, the table's rows for 8 and 16 steps).
+    One evaluation a step, never guided: what guidance there is was in the student's real score (generator_loss).
+    The paper sees quality plateau near 4 steps and fall at 8 and 16. So does this toy, and here the reason can be
+    heard: DMD leaves the generator a little too loud at middling noise (train_steps says why), every call starts
+    from the last one's output, and so that compounds (README, the table's loudness at 8 and 16 steps).
     """
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
@@ -601,10 +596,12 @@ def train_teacher(run, stage):
 #
 # Its weakness, says Presto!: a DiT's hidden state grows sharply in its last blocks and the output layer
 # expects that, but an early exit shows it a hidden state from before. Hence `shift`, `budget_embedding`
-# (see DiT), and a third change, in layer_loss: the full-depth pass teaches the short one. Here that is so: at
-# sigma = 15 the output layer sees a variance of 125 in the teacher, 12 in ASE, 60 in Presto-L, and the Frechet
-# distance is 0.81 for ASE, 0.44 for Presto-L; shift without L_st, or L_st without shift, is worse than ASE
-# (medians of three seeds; README, row 8).
+# (see DiT), and a third change, in layer_loss: the full-depth pass teaches the short one.
+#
+# Here, at sigma = 15, the teacher's last block takes the variance from 18 to 125; ASE leaves with 12, Presto-L
+# with 60. (The final LayerNorm repairs its size, but not that the output layer learnt to read what the last
+# block wrote.) Yet variance is not all: ASE + shift has 80, and a Frechet distance of 1.41, where ASE has
+# 0.81; only with L_st does the shift pay: 0.44 (medians of three seeds; README, row 8).
 
 
 def budget_at(sigma, shares, cfg):
@@ -645,7 +642,7 @@ def layer_loss(model, x_real, label, sigma, budget, cfg):
 
 def hidden_variances(model, x, sigma, label, budget):
     """Variances of the hidden state after each block that runs (a list): what Presto! means to preserve (abstract).
-    The last one is what the output layer gets to see."""
+    After the last one come only a LayerNorm and the output layer."""
     seen = []
     hooks = [block.register_forward_hook(lambda _, inputs, h: seen.append(h.var().item())) for block in model.net.blocks]
     model(x, sigma, label, budget)
@@ -676,6 +673,13 @@ def train_layers(run, stage):
 # ================================================================================================
 # Part 6. Presto-S and Presto-LS: fewer steps
 # ================================================================================================
+# A denoiser answers with the mean of all clean latents that fit what it sees: from pure noise that is a blur, and
+# so a teacher is called many times. Presto-S makes of it a generator, whose single answer is a sample. No x_real
+# is its target: it is the distribution of its answers that is pulled to the data's (DMD). And noise is used in
+# four places: p_gen is what the generator will meet when it is sampled, "inf"; the three losses use "train",
+# where the teacher learnt, and its copy the fake score (README, rows 4 and 5, has what happens otherwise).
+#
+# Read `train_steps` first: it calls what stands above it.
 
 
 class Discriminator(nn.Module):
@@ -702,13 +706,15 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
 
     g = (mu_fake(x_t) - mu_real(x_t)) / mean|x_gen - mu_real(x_t)|,  x_t = x_gen + sigma * noise
 
-    Both scores denoise the generator's own output, noised at a random level. The fake one knows what the
-    generator makes, the real one what it should make; their difference is a direction, from the one to the
-    other. Neither is ever asked for a finished sample, so neither need be good in one step. The divisor brings
-    every noise level and sample to a comparable scale; where the scores agree, nothing pulls.
+    A denoiser is called a score because it is one in disguise: grad log p(x_t) = (mu(x_t) - x_t) / sigma^2
+    (Tweedie). So fake - real is sigma^2 times a difference of scores, the gradient of KL(generated || real), both
+    noised: descending it moves x_gen to what the real score expects, and away from what the generator makes too
+    often. The KL is taken on the generator's own output, hence both look at that, never at x_real. Both give a
+    direction there, not a finished sample, so neither need be good in one step. The divisor brings every noise
+    level and sample to a comparable scale; where the scores agree, nothing pulls.
     """
     x_t = add_noise(x_gen, sigma)                                    # step 3
-    real = real_score(x_t, sigma, label)                             # step 4, guided if dmd_cfg_scale > 1
+    real = real_score(x_t, sigma, label)                             # step 4, guided unless dmd_cfg_scale is 1
     fake = fake_score(x_t, sigma, label)                             # step 4
     return (fake - real) / (x_gen - real).abs().mean((1, 2), keepdim=True).clamp_min(1e-6)
 
@@ -721,8 +727,8 @@ def dmd_loss(x_gen, gradient):
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator's update.
 
-    `real_score` is the teacher, guided: mu(null) + w (mu(label) - mu(null)), so that the student has no need of
-    guidance at inference. The GAN term is least squares (paper): x_gen should be rated 1, "real". At the paper's
+    `real_score` is the teacher, guided in the paper: mu(null) + w (mu(label) - mu(null)) with w = dmd_cfg_scale, so
+    that the student has no need of guidance at inference. Here w is 1 (README, row 7). The GAN term is least squares (paper): x_gen should be rated 1, "real". At the paper's
     weights it changes nothing that can be heard in a stage as short as ours (README, row 6).
     """
     count, device = len(x_gen), x_gen.device
@@ -737,8 +743,8 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
     """L_fake-DSM + nu2 * L_GAN, for the update of the fake score and its head.
 
     The first term keeps the fake score on the generator's distribution, the second makes its lower half
-    and the head tell x_real (1) from x_gen (0). As in the DMD2 paper the features are the fake score's, not
-    the teacher's: they follow the generator and its faults.
+    and the head tell x_real (1) from x_gen (0); nu2 is small, so that it stays a denoiser. As in the DMD2 paper
+    the features are the fake score's, not the teacher's: they follow the generator and its faults.
     """
     count, device = len(x_gen), x_gen.device
     sigma = draw_sigma(cfg.p_dsm, count, cfg, device)                # step 5
@@ -755,10 +761,17 @@ def train_steps(run, stage):
 
     Its two scores do not ("full-capacity score estimation", our reading): they are a measuring instrument, and
     cost nothing at inference. `ls_start` and `full_scores` are there to try the alternatives.
+
+    Why sigma_max is 20: the fake score does not know from which noise level a clip was made, so DMD only matches
+    the mixture over all of p_gen. Where noise hides everything, a generator answers with its class's mean, which is
+    dull, and DMD makes up for that by making its other outputs too loud. With EDM's 80, outputs from sigma = 2.5
+    had a standard deviation of 0.55 after 120 updates, where 0.50 is right, and clips of 4 steps (at u = i / 4)
+    were 1 dB too loud. 20 leaves fewer dull ones: within 0.3 dB (Presto-S, seed 0).
     """
     cfg, bank, layers = run.cfg, run.bank, stage == "presto-ls"
     shares = cfg.budgets_ls if layers else None                      # of the blocks; None: all of them
-    scores, score_shares = ("teacher", None) if cfg.full_scores or not layers else ("presto-l", shares)
+    short_scores = layers and not cfg.full_scores
+    scores, score_shares = ("presto-l", shares) if short_scores else ("teacher", None)
     model = run.load(cfg.ls_start if layers else "teacher").requires_grad_(True)
     generator = with_budget(model, shares, cfg)
     real_score = guided(with_budget(run.load(scores), score_shares, cfg), cfg.dmd_cfg_scale)
@@ -770,8 +783,9 @@ def train_steps(run, stage):
     fake_optimizer = torch.optim.Adam([*fake.parameters(), *head.parameters()], fused=True)
 
     def make_x_gen():                                                # steps 1 and 2
-        # Real latents at a continuous sigma, as in the paper's Figure 1. DMD2 simulates its own sampler
-        # instead, to train on what inference will show it; that costs calls, and fixes the step count.
+        # Real latents at a continuous sigma, as in the paper's Figure 1: at sigma_max they are a fortieth of the
+        # noise, so that pure noise is nothing new. DMD2 simulates its own sampler instead, to train on what
+        # inference will show it; that costs calls, and fixes the step count.
         x_real, label = bank.draw(cfg.student_batch)
         sigma = draw_sigma(cfg.p_gen, cfg.student_batch, cfg, run.device)
         return generator(add_noise(x_real, sigma), sigma, label), x_real, label
@@ -867,7 +881,7 @@ def cost(name, steps, cfg):
 # ================================================================================================
 # Part 8. Runs: saving, resuming, checking. No lesson here.
 # ================================================================================================
-TRAIN = {"vae": train_vae, "teacher": train_teacher, "presto-l": train_layers, "presto-s": train_steps, "presto-ls": train_steps}
+TRAIN = dict(zip(STAGES, [train_vae, train_teacher, train_layers, train_steps, train_steps]))
 
 
 class Trouble(Exception):
@@ -901,7 +915,7 @@ class Run:
 
     def __init__(self, folder, cfg, seed, device, save_every=60.0, compile=False):
         self.folder, self.cfg, self.seed, self.device = pathlib.Path(folder), cfg, seed, device
-        self.save_every, self.compile, self.stop, self.where = save_every, compile, None, "the start"
+        self.save_every, self.compile, self.stop = save_every, compile, None
 
     @staticmethod
     def existing(folder, device):
@@ -1153,11 +1167,13 @@ def command_eval(args):
              "VAE": torch.cat([vae.decode(vae.encode(w.to(run.device))).cpu() for w in other.split(NUM_CLASSES)])}
     rows = {title: toy_data.score(wave, label, reference) for title, wave in clips.items()}
 
-    wanted = [("teacher", n, cfg.cfg_scale) for n in sorted({4, 8, 16, 32, full})] + [("teacher", full, 1.0)]
+    wanted = [("teacher", n, cfg.cfg_scale) for n in sorted({4, 8, 16, 32, full})]
+    wanted += [("teacher", full, 1.0)] * (cfg.cfg_scale != 1)
     wanted += [("presto-l", full, cfg.cfg_scale)]
-    wanted += [(name, n, None) for name in ("undistilled", "presto-s", "presto-ls") for n in (1, 2, 4, 8, 16)]
+    wanted += [(name, n, None) for name in ("undistilled", "presto-s", "presto-ls") for n in (1, 2, 3, 4, 8, 16)]
     models = {name: run.load(name) for name in STAGES[1:] if name in ("teacher", args.model) or args.model == "all"}
     models["undistilled"] = models["teacher"]
+    known_as = {} if cfg.shift or cfg.budget_embedding or cfg.self_teacher else {"presto-l": "ase"}
     timed = functools.cache(timed_median)                            # for the saturated teacher is a row, too
     saturated = timed("teacher", models["teacher"], vae, full, cfg)
     for name, steps, scale in tqdm([w for w in wanted if args.model in ("all", w[0])], desc="eval", unit="row"):
@@ -1166,8 +1182,7 @@ def command_eval(args):
         waves, *seconds = zip(*(timed_clips(name, models[name], vae, part, steps, c) for part in label.split(NUM_CLASSES)))
         network, decoder = timed(name, models[name], vae, steps, c)
         passes, blocks = cost(name, steps, cfg)
-        known_as = "ase" if name == "presto-l" and not (cfg.shift or cfg.budget_embedding or cfg.self_teacher) else name
-        title = f"{known_as}, {steps} step{'s' * (steps > 1)}" + ("" if scale is None else f", w = {scale:g}")
+        title = f"{known_as.get(name, name)}, {steps} step{'s' * (steps > 1)}" + ("" if scale is None else f", w = {scale:g}")
         clips[title] = torch.cat(waves)
         rows[title] = dict(
             toy_data.score(clips[title], label, reference), passes=passes, blocks=blocks, network_ms=1000 * network,
@@ -1187,7 +1202,7 @@ def command_eval(args):
         x, c = vae.encode(other[:NUM_CLASSES].to(run.device)), label[:NUM_CLASSES].to(run.device)
         for name, budget in (("teacher", cfg.depth), ("presto-l", cfg.depth), ("presto-l", budget_at(sigma, cfg.budgets, cfg))):
             variances = hidden_variances(models[name], add_noise(x, sigma), sigma, c, budget)
-            print(f"Hidden variance after each block at sigma {sigma:.0f}, {name} with {budget} of {cfg.depth} blocks: "
+            print(f"Hidden variance after each block at sigma {sigma:.0f}, {known_as.get(name, name)} with {budget} of {cfg.depth} blocks: "
                   + ", ".join(f"{v:.2f}" for v in variances))
     part = "" if args.model == "all" else "-" + args.model           # beside the whole table, not over it
     write_file(run.folder / f"eval{part}.json", json.dumps(dict(rows=rows, floor=floor, count=args.count), indent=1).encode())
@@ -1240,7 +1255,7 @@ def make_parser():
     sub.add_argument("--stage", choices=STAGES, help="train again from this stage on")
     sub.add_argument("--until", choices=STAGES, default=STAGES[-1], help="train no further than this stage (default %(default)s)")
     sub.add_argument("--fresh", action="store_true", help="forget what the folder holds and start anew")
-    sub.add_argument("--compile", action="store_true", help="torch.compile the networks: needs a C++ compiler")
+    sub.add_argument("--compile", action="store_true", help="torch.compile the denoisers: needs a C++ compiler")
     sub.add_argument("--save_every", default=60.0, type=parse_as(float, 0, 1e9), help="seconds between checkpoints (default 60)")
     group = sub.add_argument_group("config", "the method's numbers and their reasons; the defaults shown are the cpu preset's")
     for field in dataclasses.fields(Config):
@@ -1261,6 +1276,7 @@ def make_parser():
                   "Print the paper's table in miniature, and write it as eval.json and report.html into the run's folder.", "--run")
     sub.add_argument("--count", default=16, type=parse_as(int, 2, 1000), help="clips of each of the 48 classes (default 16)")
     sub.add_argument("--model", default="all", choices=["all", "undistilled", *STAGES[1:]], help="only this model's rows (default all)")
+    parser.set_defaults(function=lambda args: parser.print_help())   # no command: each command's own comes first
     return parser
 
 
@@ -1274,9 +1290,6 @@ def main(arguments=None):
             options = ["--" + name for name in {*vars(args), *knobs} - {"command", "function"}]
             near = "".join(f"did you mean {o}? " for o in difflib.get_close_matches(unknown[0][:40], options, 1))
             raise Trouble(f"unknown {unknown[0][:40]!r}: {near}See `presto.py {args.command or 'train'} -h`")
-        if args.command is None:
-            parser.print_help()
-            return 0
         return args.function(args) or 0
     except Trouble as trouble:
         print(f"presto.py: {trouble}", file=sys.stderr)

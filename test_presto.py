@@ -559,6 +559,8 @@ def test_a_collapsed_generator_is_all_right_and_yet_found_out():
     assert figures["right"] == 1 and figures["recall"] < 0.05 and figures["coverage"] < 0.1
     real = toy_data.score(toy_data.make_batch(200, labels=label)[0], label, reference)
     assert real["recall"] > 0.9 and real["coverage"] > 0.9 and real["fd"] < figures["fd"] / 5
+    louder = toy_data.score(2 * one, label, reference)
+    assert louder["loudness"] - figures["loudness"] == pytest.approx(20 * math.log10(2), abs=1e-3)
     noise = toy_data.score(0.1 * torch.randn_like(one), label, reference)
     assert noise["right"] == 0 and noise["coverage"] == 0 and noise["fd"] > 10 * real["fd"]
 

@@ -259,11 +259,12 @@ def density_recall_coverage(fake, real, k=5):
 
 def score(wave, label, reference):
     """All figures of one set of clips against `reference`, the embeddings of as many real ones."""
-    right, pitch, timbre = (x.float().mean().item() for x in is_right(listen(wave), label))
+    heard = listen(wave)
+    right, pitch, timbre = (x.float().mean().item() for x in is_right(heard, label))
     embedded = embed(wave)
     density, coverage, recall = density_recall_coverage(embedded, reference)
     return dict(fd=frechet_distance(embedded, reference), mmd=mmd(embedded, reference), right=right, pitch=pitch,
-                timbre=timbre, density=density, recall=recall, coverage=coverage)
+                timbre=timbre, density=density, recall=recall, coverage=coverage, loudness=heard["loudness"].mean().item())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -300,8 +301,8 @@ for (const canvas of document.querySelectorAll("canvas")) {   // one byte a pixe
 """
 
 
-COLUMNS = dict(fd=".3f", mmd=".2f", right=".3f", pitch=".3f", timbre=".3f", density=".2f", recall=".2f", coverage=".2f", passes=".0f",
-               blocks=".1f", network_ms=".1f", decoder_ms=".1f", real_time=".0f", speedup=".1f", batch_ms=".2f")
+COLUMNS = dict(fd=".3f", mmd=".2f", right=".3f", pitch=".3f", timbre=".3f", density=".2f", recall=".2f", coverage=".2f", loudness=".1f",
+               passes=".0f", blocks=".1f", network_ms=".1f", decoder_ms=".1f", real_time=".0f", speedup=".1f", batch_ms=".2f")
 
 
 def table(rows):
