@@ -93,7 +93,8 @@ def knob(stage, default, why, low=None, high=1e7, choices=None):
 class Config:
     """All settings. The defaults are the `cpu` preset; PRESETS holds what the others change."""
     # VAE
-    stride: int = knob("vae", 512, "samples in a latent frame; 512 makes 16 frames of a clip: with 32, a teacher had 10 % of classes right after 90 s, not 59 %")
+    stride: int = knob("vae", 512, "samples in a latent frame: 16 frames a clip. Twice as many learn slower (10 % of classes "
+                                   "right after 90 s, not 59 %) and end alike (README, row 11)")
     latent_channels: int = knob("vae", 16, "in an early trial 16 gave 20.9 dB and 99.5 % of classes right, 8 gave 19.5 dB and 95 %")
     vae_width: int = knob("vae", 256, "channels at frame rate")
     encoder_blocks: int = knob("vae", 3, "residual blocks in the encoder")
@@ -105,7 +106,7 @@ class Config:
     vae_lr: float = knob("vae", 1e-3, "AdamW's learning rate, falling to zero")
     # DiT and EDM
     width: int = knob("teacher", 128, "channels of a token")
-    depth: int = knob("teacher", 8, "blocks; the paper has 28", low=2)
+    depth: int = knob("teacher", 8, "blocks; the paper has 28. With 4, Presto-S still meets its teacher, Presto-LS less (README, row 11)", low=2)
     heads: int = knob("teacher", 4, "attention heads")
     sigma_data: float = knob("vae", 0.5, "standard deviation of the latents (EDM)", low=1e-3)
     sigma_min: float = knob("presto-l", 0.002, "lowest noise level (EDM)", low=1e-6)
@@ -147,7 +148,7 @@ class Config:
     fake_lr: float = knob("presto-s", 2e-4, "Adam's learning rate of fake score and head, constant")
     student_ema: float = knob("presto-s", 0.98, "decay of the generator's averaged weights", high=0.99999)
     budgets_ls: tuple = knob("presto-ls", (1.0, 1.0, 1.0, 1.0, 1.0, .86, .86, .57, .43, .43),
-                             "as budgets, but milder, for Presto-LS's generator, each of whose few calls must do more (our reading)", low=0.01, high=1.0)
+                             "as budgets, but milder: each of Presto-LS's few calls must do more (our reading)", low=0.01, high=1.0)
     ls_start: str = knob("presto-ls", "presto-l", "what Presto-LS's generator starts from: layers first, then steps (our reading)",
                          choices=["presto-l", "presto-s"])
     full_scores: bool = knob("presto-ls", True, "Presto-LS's two scores keep full depth (our reading)")
@@ -387,8 +388,8 @@ class DiT(nn.Module):
 #
 # x: noisy latents (batch, channels, frames), that is x0 + sigma * noise; sigma: a scalar tensor, or one
 # value a sample (batch,); label: (batch,) class indices, NULL_LABEL for none; x0: clean latents, of x's
-# shape: the mean of all that fit x, or, if a generator answers, one sample of them. Teacher, fake score, generator, and the wrappers `guided` and `with_budget`
-# below are all denoisers; samplers take any of them.
+# shape: the mean of all that fit x, or, if a generator answers, one sample of them. Teacher, fake score,
+# generator, and the wrappers `guided` and `with_budget` below are all denoisers; samplers take any of them.
 
 
 class Denoiser(nn.Module):
@@ -728,8 +729,9 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator's update.
 
     `real_score` is the teacher, guided in the paper: mu(null) + w (mu(label) - mu(null)) with w = dmd_cfg_scale, so
-    that the student has no need of guidance at inference. Here w is 1 (README, row 7). The GAN term is least squares (paper): x_gen should be rated 1, "real". At the paper's
-    weights it changes nothing that can be heard in a stage as short as ours (README, row 6).
+    that the student has no need of guidance at inference; here w is 1 (README, row 7). The GAN term is least squares
+    (paper): x_gen should be rated 1, "real". At the paper's weights, and at ten times these, it changes nothing that
+    can be heard in a stage as short as ours (README, row 6).
     """
     count, device = len(x_gen), x_gen.device
     with torch.no_grad():
