@@ -496,8 +496,8 @@ def sample_multistep(denoise, x, sigmas, label):
     One evaluation a step, never guided: what guidance there is was in the student's real score (generator_loss).
     The paper sees quality plateau near 4 steps and fall at 8 and 16. So does this toy, and here the reason can be
     heard: DMD leaves the generator a little too loud at middling noise (train_steps says why), every call starts
-    from the last one's output, and so that compounds: Presto-S goes from -16.5 dB at 1 step to -13.1 at 16, and is
-    best at 4, where it passes the real clips' -16.1 (medians of three seeds; README, the table).
+    from the last one's output, and so that compounds. At 4, 8 and 16 steps Presto-S has a Frechet distance of 0.25,
+    0.74 and 3.42, and a loudness of -16.0, -15.0 and -13.1 dB, where real clips have -16.1 (README, row 2).
     """
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
