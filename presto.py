@@ -798,7 +798,7 @@ def train_steps(run, stage):
                           generator_optimizer=generator_optimizer, fake_optimizer=fake_optimizer):
         # Five to one, since the DMD gradient is only as true as the fake score is up to date. Here 1, 3, 5 and 6
         # gave a coverage of 0.82, 0.90, 0.90 and 0.91 at 4 steps: three would do. One, with the time saved spent on
-        # more updates, does no better: 0.82, and a Frechet distance of 0.48 where five have 0.25 (README, row 3).
+        # more updates, is worse still: 0.78, and a Frechet distance of 0.62 where five have 0.25 (README, row 3).
         for _ in range(cfg.fake_updates):
             with torch.no_grad():
                 x_gen, x_real, label = make_x_gen()
