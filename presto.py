@@ -106,7 +106,7 @@ class Config:
     vae_lr: float = knob("vae", 1e-3, "AdamW's learning rate, falling to zero")
     # DiT and EDM
     width: int = knob("teacher", 128, "channels of a token")
-    depth: int = knob("teacher", 8, "blocks; the paper has 28. With 4, Presto-S still meets its teacher, Presto-LS less (README, row 11)", low=2)
+    depth: int = knob("teacher", 8, "blocks; the paper has 28. With 4, Presto-S still comes near its teacher, Presto-LS less (README, row 11)", low=2)
     heads: int = knob("teacher", 4, "attention heads")
     sigma_data: float = knob("vae", 0.5, "standard deviation of the latents (EDM)", low=1e-3)
     sigma_min: float = knob("presto-l", 0.002, "lowest noise level (EDM)", low=1e-6)
