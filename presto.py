@@ -1,351 +1,310 @@
+# SPDX-License-Identifier: MIT
 """Presto! in one file: distilling a diffusion model's steps and layers, on tones you can check.
 
     python presto.py train                  VAE -> teacher -> Presto-L -> Presto-S -> Presto-LS
     python presto.py sample --steps 4       hear what Presto-LS learnt
+    python presto.py eval                   measure all of them, and draw what happened
 
-An unofficial, minimal and educational implementation of "Presto! Distilling Steps and Layers for
-Accelerating Music Generation" (Novack et al., ICLR 2025, arXiv 2410.05167), whose authors released no
-code. Where the public record of the paper is silent, a comment says "our reading".
+An unofficial, minimal, educational implementation of "Presto! Distilling Steps and Layers for
+Accelerating Music Generation" (Novack et al., ICLR 2025, arXiv 2410.05167), whose authors released
+no code. Where the public record of the paper is silent, a comment says "our reading". What is not
+in the paper at all is tagged "ours".
 
-READING ORDER (it is the order of execution too)
-    Part 0  Config      the numbers, and their reasons
+READING ORDER (it is also the order of execution)
+    Part 0  Config      every setting, with its reason
     Part 1  VAE         waveform <-> latents                           Kingma & Welling 2014
-    Part 2  DiT         the network: adaLN-Zero, and blocks to skip    Peebles & Xie 2023
-    Part 3  EDM         noise, preconditioning, Heun's sampler, CFG    Karras et al. 2022
-    Part 4  Teacher     denoising score matching
-    Part 5  Presto-L    fewer layers: ASE, and what Presto changes     Moon et al. 2024
+    Part 2  DiT         the network, with blocks that can be skipped   Peebles & Xie 2023
+    Part 3  EDM         noise, preconditioning, guidance, sampler      Karras et al. 2022
+    Part 4  Teacher     the training loop, and the loss of a denoiser
+    Part 5  Presto-L    fewer layers: ASE, and what Presto! changes    Moon et al. 2024
     Part 6  Presto-S    fewer steps: DMD2 + GAN for continuous sigma   Yin et al. 2024
             Presto-LS   both: the same loop, started from Presto-L
-    Part 7  Generating  the same few lines for every model
-    Part 8  Runs        saving, resuming, checking: no lesson here, skip it at first
-    Part 9  The command line
+    Part 7  Generating and measuring. (Part 8: runs and command line, no lesson here)
 
 SYMBOLS (the paper's name, then the name in this file)
-    x_real          x_real          a latent from the VAE; its standard deviation is sigma_data
-    e, null         label, null     the condition: text in the paper, one of 48 classes here
-    sigma, epsilon  sigma, noise    noise level and unit Gaussian: x + sigma * noise is the noisy input
-    mu_theta        real_score      the frozen teacher, a denoiser
-    mu_psi          fake_score      a denoiser that follows what the generator makes
-    G_phi           generator       the few-step student, a denoiser too
-    D_psi           head            the discriminator's head, on fake_score's half-way activations
-    p(sigma^train)  "train"         EDM's log-normal training distribution of sigma
-    p(sigma^inf)    "inf"           what EDM's rho-schedule visits at inference, made continuous
-    p_gen, p_DMD,   p_gen, p_dmd,   which of these two is drawn from, at the four places where noise is used;
-    p_DSM, p_GAN    p_dsm, p_gan    DMD: distribution matching distillation, DSM: denoising score matching
+    x_real          x_real          a latent from the VAE, scaled to standard deviation sigma_data
+    e, null         label, null     the condition: text in the paper, a class of tones here
+    sigma, epsilon  sigma, noise    x_real + sigma * noise is the noisy input; noise is Gaussian
+    mu_theta        real_score      the frozen teacher
+    mu_psi          fake_score      a denoiser that learns what the generator makes
+    G_phi           generator       the few-step student
+    D_psi           head            the discriminator's head, on fake_score's half-way features
+    p(sigma^train)  "train"         the noise levels on which the teacher was trained
+    p(sigma^inf)    "inf"           the noise levels that a sampler visits, made continuous
+    p_gen, p_DMD,   p_gen, p_dmd,   which of these two is used, in each of four places
+    p_DSM, p_GAN    p_dsm, p_gan
 
-THE PRESTO-S LOOP (the paper's Figure 1; the numbers come back as comments in Part 6)
+DSM, denoising score matching, is how every denoiser here learns. DMD, distribution matching
+distillation, trains a generator until its outputs are distributed as the teacher's. DMD2 adds a
+GAN: a discriminator learns to tell real from generated, and the generator to deceive it. ASE, a
+simple early-exiting framework, runs fewer of a network's blocks where there is more noise.
 
-    x_real --(1) + p_gen noise--> [ generator ] --(2)--> x_gen ------+-------------------------.
-                                       ^                             |                         |
-                                       |                    (3) + p_DMD noise         (5) + p_DSM noise
-                                       |                      |            |                   |
-                                       |                [real_score]  [fake_score]       [fake_score]
-                                       |                      |   (4)      |                   |
-                                       |<--- 1 update of 6 -- fake  -   real           (6) learns to denoise
-                                       |                                               x_gen: 5 updates of 6
-                                       |                                                       |
-                                       '<-- (8) "look real" -- [head on fake_score] -- (8) tell apart
-                                                                       ^
-                                                     (7) x_gen and x_real + p_GAN noise
+THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines of Part 6)
+    x_real --(1)--> [generator] --(2)--> x_gen --+--(3)--> [real_score], [fake_score] --(4)--> DMD
+                                                 +--(5)--> [fake_score] --(6)--> DSM
+                                   x_gen, x_real +--(7)--> [half of fake_score, head] --(8)--> GAN
+
+    1  Real latents are noised, at a level drawn from p_gen.
+    2  The generator denoises them in one call. Its answer x_gen should look like a real latent.
+    3  x_gen is noised again, at a level drawn from p_dmd.
+    4  Two denoisers look at it. real_score knows the real data; fake_score knows what the
+       generator makes. Their difference points from generated to real: the generator follows it.
+    5  x_gen is noised at a level drawn from p_dsm,
+    6  and fake_score learns to denoise it. So it keeps up with the generator.
+    7  x_gen and x_real are noised at a level drawn from p_gan,
+    8  and the head learns to tell them apart. The generator learns to deceive it.
+    Steps 5 to 8 train fake_score and head five times; then 3, 4, 7, 8 train the generator once.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import difflib
 import functools
+import importlib
 import io
+import itertools
 import json
 import math
-import os
 import pathlib
-import signal
 import statistics
-import subprocess
 import sys
 import time
 import zipfile
 import zlib
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import toy_data
-from toy_data import CLIP_SECONDS, NULL_LABEL, NUM_CLASSES
 
-# ================================================================================================
-# Part 0. Config: the numbers of the method, and their reasons
-# ================================================================================================
-STAGES = ["vae", "teacher", "presto-l", "presto-s", "presto-ls"]   # in the order in which they are trained
+# ---- Part 0. Config ------------------------------------------------------------------------------
+STAGES = ["vae", "teacher", "presto-l", "presto-s", "presto-ls"]  # in order of training
+NOISE = ["train", "inf"]
 
+class UserError(Exception):
+    """Something that the user can mend: one line on stderr, and exit status 2."""
 
-def knob(stage, default, why, low=None, high=1e7, choices=None):
-    """A Config field: its value, the first stage to train again when it changes, its reason (shown by `train -h`), and
-    what the command line accepts: at least 1 for a whole number and 0 for another, unless `low` says otherwise."""
-    low = low if low is not None else 1 if type(default) is int else 0.0
-    return dataclasses.field(default=default, metadata=dict(stage=stage, why=why, low=low, high=high, choices=choices))
-
+def setting(stage, default, help, choices=None):
+    """A field of Config. `stage` is the first stage that must be trained again if it changes."""
+    metadata = {"stage": stage, "help": help, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All settings. The defaults are the `cpu` preset; PRESETS holds what the others change."""
-    # VAE
-    stride: int = knob("vae", 512, "samples in a latent frame: 16 frames a clip. Twice as many learn slower (10 % of classes "
-                                   "right after 90 s, not 59 %) and end alike (README, row 11)")
-    latent_channels: int = knob("vae", 16, "in an early trial 16 gave 20.9 dB and 99.5 % of classes right, 8 gave 19.5 dB and 95 %")
-    vae_width: int = knob("vae", 256, "channels at frame rate")
-    encoder_blocks: int = knob("vae", 3, "residual blocks in the encoder")
-    decoder_blocks: int = knob("vae", 5, "residual blocks in the decoder, which has the harder task")
-    kl_weight: float = knob("vae", 1e-2, "at 1e-3 the decoder learnt to need latents more exact than a DiT can make them")
-    stft_weight: float = knob("vae", 0.2, "weight of the multi-resolution STFT term beside the waveform term")
-    vae_steps: int = knob("vae", 2500, "training steps")
-    vae_batch: int = knob("vae", 16, "clips a step; at equal time, many small batches beat fewer large ones")
-    vae_lr: float = knob("vae", 1e-3, "AdamW's learning rate, falling to zero")
-    # DiT and EDM
-    width: int = knob("teacher", 128, "channels of a token")
-    depth: int = knob("teacher", 8, "blocks; the paper has 28. With 4, Presto-S still comes near its teacher, Presto-LS less (README, row 11)", low=2)
-    heads: int = knob("teacher", 4, "attention heads")
-    sigma_data: float = knob("vae", 0.5, "standard deviation of the latents (EDM)", low=1e-3)
-    sigma_min: float = knob("presto-l", 0.002, "lowest noise level (EDM)", low=1e-6)
-    sigma_max: float = knob("presto-l", 20.0, "highest noise level; EDM's 80 is for images: see train_steps")
-    rho: float = knob("presto-l", 7.0, "bends the sigma schedule towards low noise (EDM)", low=1.0)
-    P_mean: float = knob("teacher", 0.4, "mean of ln sigma in training; EDM's -1.2, for images, is too low: all of a "
-                                         "tone's dimensions vary together, so it can still be told at sigma = 10", low=-20.0)
-    P_std: float = knob("teacher", 1.6, "standard deviation of ln sigma in training (EDM: 1.2)")
-    # Teacher
-    bank: int = knob("teacher", 16384, "clips encoded once, from which all later stages draw their x_real")
-    teacher_steps: int = knob("teacher", 4500, "training steps")
-    batch: int = knob("teacher", 32, "clips a step, for the teacher and Presto-L")
-    teacher_lr: float = knob("teacher", 1e-3, "Adam's learning rate, falling to zero")
-    teacher_ema: float = knob("teacher", 0.998, "decay of the averaged weights, which are what is sampled, also of Presto-L", high=0.99999)
-    label_dropout: float = knob("teacher", 0.1, "share of null labels, so that CFG has its two halves", high=0.99)
-    cfg_scale: float = knob("presto-l", 1.25, "w of classifier-free guidance when the teacher is sampled")
-    teacher_sampling_steps: int = knob("presto-l", 16, "Heun steps at which the teacher stops improving")
-    # Presto-L (Part 5)
-    budgets: tuple = knob("presto-l", (1.0, 1.0, .86, .86, .71, .71, .57, .57, .43, .43),
-                          "share of the blocks that run, over ten bins of noise from clean to noisy (ASE)", low=0.01, high=1.0)
-    shift: bool = knob("presto-l", True, "the last block always runs, and what is dropped lies before it (Presto-L's change 1 to ASE)")
-    budget_embedding: bool = knob("presto-l", True, "tell the network how many blocks will run (change 2)")
-    self_teacher: float = knob("presto-l", 1.0, "weight of L_st, full depth teaching the short pass (change 3)")
-    layer_steps: int = knob("presto-l", 800, "training steps")
-    layer_lr: float = knob("presto-l", 3e-4, "Adam's learning rate, falling to zero (ASE: 1e-5, at its scale)")
-    # Presto-S and Presto-LS (Part 6)
-    p_gen: str = knob("presto-s", "inf", "noise on the generator's input: inf, train, or four (fixed levels, as in DMD2)",
-                      choices=["inf", "train", "four"])
-    p_dmd: str = knob("presto-s", "train", "noise under which the two scores are compared: train or inf", choices=["train", "inf"])
-    p_dsm: str = knob("presto-s", "train", "noise under which the fake score learns: train or inf", choices=["train", "inf"])
-    p_gan: str = knob("presto-s", "train", "noise under which the discriminator listens: train or inf", choices=["train", "inf"])
-    nu1: float = knob("presto-s", 0.01, "weight of the GAN term in the generator's loss (paper)")
-    nu2: float = knob("presto-s", 0.005, "weight of the GAN term in the fake score's loss (paper)")
-    dmd_cfg_scale: float = knob("presto-s", 1.0, "w of guidance in DMD's real score; in this toy any w > 1 makes every call louder")
-    fake_updates: int = knob("presto-s", 5, "fake-score updates per generator update (paper: 4 to 6 alike)")
-    student_steps: int = knob("presto-s", 120, "generator updates")
-    student_batch: int = knob("presto-s", 32, "clips a step")
-    generator_lr: float = knob("presto-s", 1e-4, "Adam's learning rate, constant (paper: 5e-7 at its scale)")
-    fake_lr: float = knob("presto-s", 2e-4, "Adam's learning rate of fake score and head, constant")
-    student_ema: float = knob("presto-s", 0.98, "decay of the generator's averaged weights", high=0.99999)
-    budgets_ls: tuple = knob("presto-ls", (1.0, 1.0, 1.0, 1.0, 1.0, .86, .86, .57, .43, .43),
-                             "as budgets, but milder: each of Presto-LS's few calls must do more (our reading)", low=0.01, high=1.0)
-    ls_start: str = knob("presto-ls", "presto-l", "what Presto-LS's generator starts from: layers first, then steps (our reading)",
-                         choices=["presto-l", "presto-s"])
-    full_scores: bool = knob("presto-ls", True, "Presto-LS's two scores keep full depth (our reading)")
+    """All settings. These defaults are the preset `cpu`; PRESETS holds what the others change."""
+    data: str = setting("vae", "toy_data", "the module that makes the clips (toy_data's contract)")
+    stride: int = setting("vae", 512, "samples per latent frame: 16 frames per clip")
+    latent_channels: int = setting("vae", 16, "channels of a latent frame")
+    vae_width: int = setting("vae", 208, "channels inside the VAE")
+    vae_blocks: int = setting("vae", 4, "residual blocks of encoder and decoder each")
+    kl_weight: float = setting("vae", 4e-3, "weight of the KL term; with less, latents are fragile")
+    vae_updates: int = setting("vae", 4000, "updates of the VAE")
+    vae_batch: int = setting("vae", 16, "clips per update; many small batches beat few large ones")
+    vae_lr: float = setting("vae", 1e-3, "learning rate of the VAE")
+    sigma_data: float = setting("vae", 0.5, "standard deviation of the latents (EDM)")
+    width: int = setting("teacher", 128, "channels of a token")
+    depth: int = setting("teacher", 8, "blocks (paper: 28)")
+    num_heads: int = setting("teacher", 4, "attention heads")
+    P_mean: float = setting("teacher", -0.3, "mean of ln sigma in training (EDM, for images: -1.2)")
+    P_std: float = setting("teacher", 1.4, "standard deviation of ln sigma in training (EDM: 1.2)")
+    clips: int = setting("teacher", 16384, "real clips, encoded once: the training set")
+    wrong_captions: float = setting("teacher", 0.1, "share of training clips with a random label")
+    teacher_updates: int = setting("teacher", 4500, "updates of the teacher")
+    batch: int = setting("teacher", 32, "clips per update of teacher and Presto-L")
+    teacher_lr: float = setting("teacher", 1e-3, "learning rate of the teacher")
+    ema: float = setting("teacher", 0.998, "decay of the averaged weights of teacher and Presto-L")
+    label_dropout: float = setting("teacher", 0.1, "share of null labels, which guidance needs")
+    sigma_min: float = setting("presto-l", 0.002, "lowest noise level (EDM)")
+    sigma_max: float = setting("presto-l", 80.0, "highest noise level (EDM)")
+    rho: float = setting("presto-l", 7.0, "bends the schedule towards low noise (EDM)")
+    fractions: tuple = setting("presto-l", (1, 1, 0.88, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63, 0.63),
+                               "shares of blocks that run, in ten bins from clean to noisy (ASE)")
+    keep_last: bool = setting("presto-l", True, "shifted dropping: the last block always runs")
+    budget_embedding: bool = setting("presto-l", True, "tell the network how many blocks will run")
+    self_teacher: float = setting("presto-l", 1.0, "weight of L_st")
+    layer_updates: int = setting("presto-l", 800, "updates of Presto-L")
+    layer_lr: float = setting("presto-l", 3e-4, "learning rate of Presto-L (ASE: 1e-5)")
+    w: float = setting("presto-s", 1.5, "guidance of the teacher, and of the real score in DMD")
+    parallel: float = setting("presto-s", 0.0, "share of guidance along the answer itself (APG)")
+    teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
+    p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
+    p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
+    p_dsm: str = setting("presto-s", "train", "noise under which the fake score learns", NOISE)
+    p_gan: str = setting("presto-s", "train", "noise under which the discriminator judges", NOISE)
+    nu1: float = setting("presto-s", 0.3, "weight of the GAN term for the generator (paper: 0.01)")
+    nu2: float = setting("presto-s", 0.15, "weight of the GAN term for the head (paper: 0.005)")
+    tell_level: bool = setting("presto-s", True, "tell the fake score the generator's sigma (ours)")
+    warm_updates: int = setting("presto-s", 100, "fake-score updates before the first of generator")
+    fake_updates: int = setting("presto-s", 5, "fake-score updates per generator update (paper: 5)")
+    student_batch: int = setting("presto-s", 16, "clips per update of Presto-S and -LS")
+    student_updates: int = setting("presto-s", 150, "updates of the generator")
+    generator_lr: float = setting("presto-s", 1e-4, "learning rate of the generator (paper: 5e-7)")
+    fake_lr: float = setting("presto-s", 2e-4, "learning rate of fake score and head, constant")
+    student_ema: float = setting("presto-s", 0.98, "decay of the generator's averaged weights")
+    fractions_ls: tuple = setting("presto-ls", (1, 1, 1, 1, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63),
+                                  "as fractions, but milder: few calls do more (our reading)")
+    ls_start: str = setting("presto-ls", "presto-l", "its start (our reading)", STAGES[2:4])
+    full_scores: bool = setting("presto-ls", True, "both scores keep full depth (our reading)")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            low = 1 if field.type is int else -math.inf if field.name == "P_mean" else 0
+            if field.type in (int, float) and not low <= value < math.inf:
+                raise UserError(f"--{field.name} {value}: must be a number from {low}")
+        if self.width % 4 or self.width % self.num_heads or self.depth < 2:
+            raise UserError("--width must be a multiple of 4 and of --num_heads, --depth 2 or more")
+        if self.stride % 2 or self.world.CLIP_SAMPLES % self.stride or self.frames < 8:
+            raise UserError("--stride must be even, and cut a clip into 8 whole frames or more")
 
     @property
-    def frames(self):                                                # latent frames a clip
-        return toy_data.CLIP_SAMPLES // self.stride
-
+    def world(self):  # the data module: toy_data, or another that keeps its contract
+        return importlib.import_module(self.data)
+    @property
+    def frames(self):  # latent frames per clip
+        return self.world.CLIP_SAMPLES // self.stride
+    @property
+    def null(self):  # the null label: one past the last class
+        return len(self.world.PROMPTS)
 
 PRESETS = {
     "cpu": {},
-    "gpu": dict(vae_width=384, vae_steps=20000, vae_batch=64, width=384, depth=12, heads=6, bank=65536,
-                teacher_steps=20000, batch=256, teacher_lr=5e-4, teacher_ema=0.9995, layer_steps=4000,
-                student_steps=2000, student_batch=128, generator_lr=5e-5, fake_lr=1e-4, student_ema=0.995),
-    "tiny": dict(latent_channels=4, vae_width=16, encoder_blocks=1, decoder_blocks=1, vae_steps=4,
-                 vae_batch=4, width=16, depth=4, heads=2, bank=64, teacher_steps=4, batch=8, layer_steps=3,
-                 student_steps=2, student_batch=4, teacher_sampling_steps=4),
+    "gpu": {"vae_width": 384, "vae_updates": 20000, "vae_batch": 64, "width": 384, "depth": 12,
+            "num_heads": 6, "clips": 65536, "teacher_updates": 20000, "batch": 256, "ema": 0.9995,
+            "teacher_lr": 5e-4, "layer_updates": 4000, "student_batch": 64, "generator_lr": 1e-4},
+    "tiny": {"latent_channels": 4, "vae_width": 16, "vae_blocks": 1, "vae_updates": 4, "clips": 64,
+             "vae_batch": 4, "width": 16, "depth": 4, "num_heads": 2, "batch": 8,
+             "student_batch": 4, "teacher_updates": 4, "layer_updates": 3, "student_updates": 2,
+             "warm_updates": 2, "teacher_steps": 4},
 }
 
-# ================================================================================================
-# Part 1. VAE: waveform <-> latents
-# ================================================================================================
-# The paper's VAE turns 44.1 kHz music into latents; this one turns 8 kHz tones into 16 frames. The
-# first convolution cuts the waveform into overlapping frames and all other work happens at frame rate:
-# convolutions at sample rate took six times as long a step.
-
-
+# ---- Part 1. VAE: waveform <-> latents -----------------------------------------------------------
+# The first convolution cuts the waveform into frames: at sample rate, all would be 6 times slower.
 class ResidualBlock(nn.Module):
-    """x + conv(silu(conv(norm(x)))), with the last convolution starting at zero.
-
-    The norm is over channels only. A norm over time would erase the loudness that an envelope is made
-    of; none at all learnt slower (an SNR of 12.0 against 13.0 dB after 100 seconds).
-    """
-
+    """x + conv(a * silu(b)), where a and b are two convolutions of norm(x) (Dauphin et al. 2017).
+    A tone is a product: amplitude times harmonics times envelope. A block that can multiply learns
+    it much faster. The norm is over channels only: over time it would erase the envelope."""
     def __init__(self, width):
         super().__init__()
         self.norm = nn.RMSNorm(width)
-        self.conv1 = nn.Conv1d(width, width, 3, padding=1)
+        self.conv1 = nn.Conv1d(width, 2 * width, 3, padding=1)
         self.conv2 = nn.Conv1d(width, width, 1)
-        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.weight)  # at first, the block is the identity
         nn.init.zeros_(self.conv2.bias)
 
-    def forward(self, x):                                            # (batch, width, frames)
-        h = self.norm(x.mT).mT
-        return x + self.conv2(F.silu(self.conv1(h)))
-
+    def forward(self, x):  # (batch, width, frames)
+        a, b = self.conv1(self.norm(x.mT).mT).chunk(2, dim=1)  # (batch, width, frames) each
+        return x + self.conv2(a * F.silu(b))
 
 class VAE(nn.Module):
-    """A 1-D convolutional VAE. `encode` and `decode` are what the rest of the file uses."""
-
+    """A 1-D convolutional VAE. The rest of the file uses only `encode` and `decode`."""
     def __init__(self, cfg):
         super().__init__()
         w, s = cfg.vae_width, cfg.stride
         self.encoder = nn.Sequential(
             nn.Conv1d(1, w, 2 * s, s, padding=s // 2),
-            *[ResidualBlock(w) for _ in range(cfg.encoder_blocks)],
+            *[ResidualBlock(w) for _ in range(cfg.vae_blocks)],
             nn.Conv1d(w, 2 * cfg.latent_channels, 1))
         self.decoder = nn.Sequential(
             nn.Conv1d(cfg.latent_channels, w, 1),
-            *[ResidualBlock(w) for _ in range(cfg.decoder_blocks)],
+            *[ResidualBlock(w) for _ in range(cfg.vae_blocks)],
             nn.ConvTranspose1d(w, 1, 2 * s, s, padding=s // 2))
         # Diffusion wants latents of a known scale: every channel is normalised to sigma_data.
         self.register_buffer("mean", torch.zeros(cfg.latent_channels, 1))
         self.register_buffer("scale", torch.ones(cfg.latent_channels, 1))
 
-    def posterior(self, wave):
-        """Waveform (batch, time) -> mean and log standard deviation, each (batch, channels, frames)."""
+    def posterior(self, wave):  # (batch, time)
         mean, log_std = self.encoder(wave[:, None]).chunk(2, dim=1)
-        return mean, log_std.clamp(-10, 3)
+        return mean, log_std.clamp(-10, 3)  # (batch, channels, frames) each
 
-    def encode(self, wave):
-        """Waveform (batch, time) -> latents (batch, channels, frames) with standard deviation sigma_data."""
-        return (self.posterior(wave)[0] - self.mean) / self.scale
+    def encode(self, wave):  # (batch, time)
+        mean, _ = self.posterior(wave)
+        return (mean - self.mean) / self.scale  # (batch, channels, frames)
 
-    def decode(self, latents):
-        """Latents (batch, channels, frames) -> waveform (batch, time)."""
-        return self.decoder(latents * self.scale + self.mean)[:, 0]
+    def decode(self, latents):  # (batch, channels, frames)
+        return self.decoder(latents * self.scale + self.mean)[:, 0]  # (batch, time)
 
-
+SILENCE = 1e-2  # an energy that is as good as none: it keeps the relative errors of silence finite
 def stft_distance(output, wave):
-    """Relative squared distance of magnitude spectra at two resolutions; (batch, time) twice -> scalar.
-
-    Magnitudes forgive a phase that is a little off, where the waveform term does not. The usual L1
-    distance of log magnitudes pulls hardest where there is almost nothing: with it, 90 seconds of training
-    gave 16.4 dB and 69 % of the classes right, without it 20.3 dB and 99 %.
-    """
+    """Relative squared distance of magnitude spectra at two resolutions: (batch, time) -> scalar.
+    Magnitudes forgive a phase that is a little off. The waveform error in `vae_loss` does not."""
     total = 0.0
     for n in (1024, 256):
         window = torch.hann_window(n, device=wave.device)
-        A, B = (torch.stft(x, n, n // 2, window=window, return_complex=True).abs() for x in (output, wave))
-        total = total + ((A - B).square().sum((1, 2)) / B.square().sum((1, 2))).mean() / 2
+        A = torch.stft(output, n, n // 2, window=window, return_complex=True).abs()
+        B = torch.stft(wave, n, n // 2, window=window, return_complex=True).abs()
+        energy = B.square().sum((1, 2)).clamp_min(n * SILENCE)  # (batch,)
+        total = total + ((A - B).square().sum((1, 2)) / energy).mean() / 2
     return total
-
 
 def vae_loss(vae, wave, cfg):
     """Relative waveform error + STFT distance + KL to the unit Gaussian. Returns (loss, error).
-
-    The error is relative to each clip's energy, so that a quiet clip counts as a loud one does:
-    -10 log10(error) is the SNR in dB. Without this waveform term the phase is never learnt.
-    """
+    "Relative" to each clip's energy: a quiet clip counts as much as a loud one."""
     mean, log_std = vae.posterior(wave)
-    latents = mean + log_std.exp() * torch.randn_like(mean)
-    output = vae.decoder(latents)[:, 0]
-    error = ((output - wave).square().sum(1) / wave.square().sum(1)).mean()
+    latents = mean + log_std.exp() * torch.randn_like(mean)  # (batch, channels, frames)
+    output = vae.decoder(latents)[:, 0]  # (batch, time)
+    energy = wave.square().sum(1).clamp_min(SILENCE)  # (batch,)
+    error = ((output - wave).square().sum(1) / energy).mean()
     kl = 0.5 * (mean.square() + (2 * log_std).exp() - 2 * log_std - 1).mean()
-    return error + cfg.stft_weight * stft_distance(output, wave) + cfg.kl_weight * kl, error
+    return error + 0.2 * stft_distance(output, wave) + cfg.kl_weight * kl, error
 
-
-def share_right(wave, label):
-    """Share of clips whose pitch and timbre are what was asked for, by toy_data's listening."""
-    return toy_data.is_right(toy_data.listen(wave), label)[0].float().mean().item()
-
-
-def train_vae(run, stage):
-    """Train the VAE, then measure its latents' scale."""
-    cfg = run.cfg
-    vae = run.place(VAE(cfg))
-    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    for step in run.steps(stage, cfg.vae_steps, vae=vae, optimizer=optimizer):
-        wave, _ = toy_data.make_batch(cfg.vae_batch)
-        loss, error = vae_loss(vae, wave.to(run.device), cfg)
-        update(loss, optimizer, anneal(cfg.vae_lr, step, cfg.vae_steps))
-        run.show(loss=loss, error=error)
-        if run.listens(step, cfg.vae_steps):
-            wave, label = toy_data.make_batch(4 * NUM_CLASSES)
-            with torch.no_grad():
-                output = vae.decode(vae.encode(wave.to(run.device)))
-            run.show(right=share_right(output, label))
-    with torch.no_grad():                                            # the latents' scale, over 1024 clips
-        mean = torch.cat([vae.posterior(toy_data.make_batch(64)[0].to(run.device))[0] for _ in range(16)])
-        vae.mean.copy_(mean.mean((0, 2))[:, None])
-        vae.scale.copy_(mean.std((0, 2))[:, None] / cfg.sigma_data)
-    return vae
-
-
-# ================================================================================================
-# Part 2. DiT: the network, and blocks to skip
-# ================================================================================================
-
-
+# ---- Part 2. DiT: the network, with blocks that can be skipped -----------------------------------
 class Block(nn.Module):
-    """adaLN-Zero transformer block (DiT, section 3.2).
-
-    The conditioning vector sets a shift, a scale and a gate for each of the two branches. They start at
-    zero, so that at the start every block is the identity, and dropping it would change nothing.
-    """
-
-    def __init__(self, width, heads):
+    """An adaLN-Zero transformer block (DiT, section 3.2). The vector c sets shift, scale and gate
+    of attention and of the MLP. The gates start at zero: at first every block is the identity."""
+    def __init__(self, width, num_heads):
         super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)  # has no weights
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.adaln = nn.Linear(width, 6 * width)
         nn.init.zeros_(self.adaln.weight)
         nn.init.zeros_(self.adaln.bias)
 
-    def forward(self, h, c):                                         # (batch, frames, width), (batch, width)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None].chunk(6, dim=-1)
-        qkv = self.qkv(self.norm1(h) * (1 + scale1) + shift1)        # (batch, frames, 3 * width)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # (batch, heads, frames, head width)
-        a = F.scaled_dot_product_attention(q, k, v)
-        h = h + gate1 * self.out(a.transpose(1, 2).flatten(2))
-        return h + gate2 * self.mlp(self.norm2(h) * (1 + scale2) + shift2)
+    def forward(self, h, c):  # (batch, frames, width), (batch, width)
+        modulation = self.adaln(c)[:, None].chunk(6, dim=-1)  # six times (batch, 1, width)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        qkv = self.qkv(self.norm(h) * (1 + scale1) + shift1)  # (batch, frames, 3 * width)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (batch, num_heads, frames, width / num_heads)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = h + gate1 * self.out(attended)  # (batch, frames, width)
+        return h + gate2 * self.mlp(self.norm(h) * (1 + scale2) + shift2)
 
+class LevelEmbedding(nn.Module):
+    """A noise level c_noise (batch,) -> conditioning (batch, width), by Fourier features."""
+    def __init__(self, width):
+        super().__init__()
+        # c_noise spans 2.6. The wavelengths reach from 2 pi, longer than that, to a hundredth.
+        self.register_buffer("frequencies", torch.logspace(0, 2, width // 2))
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, c_noise):
+        angles = c_noise[:, None] * self.frequencies  # (batch or 1, width / 2)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
 class DiT(nn.Module):
-    """F_theta of EDM's equation 7: (scaled noisy latents, c_noise, label, budget) -> latents' shape.
-
-    `budget` is how many of the `depth` blocks run: None (all), an int for the whole batch (the others are
-    really skipped: sampling), or one value a sample (every block is computed and each sample keeps what
-    its own budget allows: training, where a batch mixes noise levels).
-
-    Which blocks run is Presto-L's first change. ASE's early exit takes the first `budget` blocks and
-    goes straight to the output layer. `shift` drops before the last block instead: budget - 1 blocks from
-    the front, then the last one, which always runs (our reading).
-
-    `half` stops half-way and returns the hidden state (batch, frames, width), which the discriminator reads
-    (the paper: after block 14 of 28). The upper half is not run: the head does not need it.
-    """
-
+    """F_theta of EDM's equation 7: (scaled noisy latents, c_noise, label) -> the latents' shape.
+    `budget` says how many of the `depth` blocks run. None: all. An int: for the whole batch, and
+    the others are really skipped (sampling). A tensor (batch,): one per sample. Then all blocks are
+    computed, and each sample keeps what its budget allows (training mixes noise levels)."""
     def __init__(self, cfg):
         super().__init__()
-        self.depth, self.shift, self.budget_embedding = cfg.depth, cfg.shift, cfg.budget_embedding
+        self.depth, self.keep_last, self.told = cfg.depth, cfg.keep_last, cfg.budget_embedding
         self.inp = nn.Linear(cfg.latent_channels, cfg.width)
         self.position = nn.Parameter(0.02 * torch.randn(cfg.frames, cfg.width))
-        # c_noise spans 2.3 from sigma_min to sigma_max: wavelengths from 2 pi / 1 to 2 pi / 100, longer and far shorter.
-        self.register_buffer("frequencies", torch.logspace(0, 2, cfg.width // 2))
-        self.sigma_mlp = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.SiLU(), nn.Linear(cfg.width, cfg.width))
-        self.label_table = nn.Embedding(NUM_CLASSES + 1, cfg.width)  # the last row is the null label
-        # Presto-L's second change: the budget is told, not guessed. Full depth is the padding row, always zero,
-        # so that Presto-L at full depth is the plain DiT.
+        self.level = LevelEmbedding(cfg.width)
+        self.gen_level = None  # a second LevelEmbedding, which only the fake score gets (Part 6)
+        self.label_table = nn.Embedding(cfg.null + 1, cfg.width)  # the last row is the null label
+        # Full depth is the padding row, always zero: with all its blocks this is the plain DiT.
         self.budget_table = nn.Embedding(cfg.depth + 1, cfg.width, padding_idx=cfg.depth)
         nn.init.zeros_(self.budget_table.weight)
-        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads) for _ in range(cfg.depth))
+        self.blocks = nn.ModuleList(Block(cfg.width, cfg.num_heads) for _ in range(cfg.depth))
         self.final_norm = nn.LayerNorm(cfg.width, elementwise_affine=False, eps=1e-6)
         self.final_adaln = nn.Linear(cfg.width, 2 * cfg.width)
         self.final_out = nn.Linear(cfg.width, cfg.latent_channels)
@@ -353,956 +312,689 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def runs(self, index, budget):
-        """Whether block `index` runs: a bool for an int budget, booleans (batch,) for one a sample."""
+    def is_active(self, index, budget):
+        """Whether block `index` runs: a bool if budget is an int, booleans (batch,) if a tensor.
+        ASE keeps the first blocks. Shifted dropping keeps the last, too (our reading; Part 5)."""
         if budget is None:
             return True
-        if self.shift:                                               # its rank: the last block is kept before block 0, 1, ...
-            index = 0 if index == self.depth - 1 else index + 1
+        if self.keep_last:
+            index = 0 if index == self.depth - 1 else index + 1  # the last block is kept first
         return index < budget
 
-    def forward(self, x, c_noise, label, budget=None, half=False):   # (batch, channels, frames)
-        angles = c_noise[:, None] * self.frequencies                 # (batch or 1, width / 2)
-        c = self.sigma_mlp(torch.cat([angles.cos(), angles.sin()], dim=-1)) + self.label_table(label)
-        if self.budget_embedding and budget is not None:
+    def forward(self, x, c_noise, label, budget=None, c_gen=None, return_features=False):
+        c = self.level(c_noise) + self.label_table(label)  # (batch, width)
+        if self.told and budget is not None:
             c = c + self.budget_table(torch.as_tensor(budget, device=x.device).reshape(-1))
-        h, c = self.inp(x.mT) + self.position, F.silu(c)             # (batch, frames, width), (batch, width)
-        for index, block in enumerate(self.blocks[: self.depth // 2] if half else self.blocks):
-            keep = self.runs(index, budget)
-            if torch.is_tensor(keep):
-                h = torch.where(keep[:, None, None], block(h, c), h)
-            elif keep:
+        if self.gen_level is not None:
+            c = c + self.gen_level(c_gen)
+        c = F.silu(c)
+        h = self.inp(x.mT) + self.position  # (batch, frames, width)
+        last = self.depth // 2 if return_features else self.depth
+        for index, block in enumerate(self.blocks[:last]):
+            active = self.is_active(index, budget)
+            if torch.is_tensor(active):
+                h = torch.where(active[:, None, None], block(h, c), h)
+            elif active:
                 h = block(h, c)
-        if half:
+        if return_features:  # what the discriminator reads (paper: after block 14 of 28)
             return h
-        shift, scale = self.final_adaln(c)[:, None].chunk(2, dim=-1)
+        shift, scale = self.final_adaln(c)[:, None].chunk(2, dim=-1)  # (batch, 1, width) each
         return self.final_out(self.final_norm(h) * (1 + scale) + shift).mT
 
-
-# ================================================================================================
-# Part 3. EDM: noise, preconditioning, sampler, guidance
-# ================================================================================================
-# THE CONTRACT. A denoiser is any callable
+# ---- Part 3. EDM: noise, preconditioning, guidance, sampler --------------------------------------
+# THE CONTRACT. A denoiser is any callable  denoise(x, sigma, label) -> x0
+#     x      noisy latents x0 + sigma * noise       (batch, channels, frames)
+#     sigma  noise level                            () or (batch,)
+#     label  class index, or cfg.null for none      (batch,)
+#     x0     clean latents                          (batch, channels, frames)
 #
-#     denoise(x, sigma, label) -> x0
-#
-# x: noisy latents (batch, channels, frames), that is x0 + sigma * noise; sigma: a scalar tensor, or one
-# value a sample (batch,); label: (batch,) class indices, NULL_LABEL for none; x0: clean latents, of x's
-# shape: the mean of all that fit x, or, if a generator answers, one sample of them. Teacher, fake score,
-# generator, and the wrappers `guided` and `with_budget` below are all denoisers; samplers take any of them.
-
-
+# The x0 of a teacher is the mean of all clean latents that fit x. The x0 of a generator is one
+# sample of them. Teacher, fake score and generator are denoisers, and so are the wrapped ones that
+# `guided` and `with_budget` return. Every sampler takes any of them.
 class Denoiser(nn.Module):
-    """D_theta of EDM's equation 7: preconditioning around a DiT, so that its input and its target have
-    unit variance at every noise level."""
-
+    """D_theta of EDM's equation 7: a DiT whose input and target always have unit variance."""
     def __init__(self, cfg):
         super().__init__()
         self.sigma_data = cfg.sigma_data
         self.net = DiT(cfg)
 
-    def forward(self, x, sigma, label, budget=None, half=False):
-        sigma = sigma.reshape(-1, 1, 1)                              # a scalar broadcasts
-        variance = sigma**2 + self.sigma_data**2
-        c_in_x, c_noise = x / variance.sqrt(), sigma.flatten().log() / 4
-        c_skip, c_out = self.sigma_data**2 / variance, sigma * self.sigma_data / variance.sqrt()
+    def forward(self, x, sigma, label, budget=None, sigma_gen=None, return_features=False):
+        sigma = sigma.reshape(-1, 1, 1)  # a scalar broadcasts
+        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
+        c_out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()
+        c_in = 1 / (sigma**2 + self.sigma_data**2).sqrt()
+        c_noise = sigma.flatten().log() / 4
+        c_gen = None if sigma_gen is None else sigma_gen.log() / 4
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            F_x = self.net(c_in_x, c_noise, label, budget, half)
-        return F_x.float() if half else c_skip * x + c_out * F_x.float()
-
+            F_x = self.net(c_in * x, c_noise, label, budget, c_gen, return_features).float()
+        return F_x if return_features else c_skip * x + c_out * F_x
 
 def rho_schedule(u, cfg):
-    """EDM's equation 5 made continuous: u in [0, 1] -> sigma, from sigma_max at 0 to sigma_min at 1."""
+    """EDM's equation 5, made continuous: u in [0, 1] -> sigma, from sigma_max to sigma_min."""
     high, low = cfg.sigma_max ** (1 / cfg.rho), cfg.sigma_min ** (1 / cfg.rho)
     return (high + u * (low - high)) ** cfg.rho
 
-
 def edm_sigmas(steps, cfg):
-    """The teacher's noise levels (steps + 1,): EDM's schedule, then 0."""
+    """The noise levels of the teacher's sampler (steps + 1,): EDM's schedule, then 0."""
     u = torch.arange(steps) / max(steps - 1, 1)
     return torch.cat([rho_schedule(u, cfg), torch.zeros(1)])
 
-
 def student_sigmas(steps, cfg):
-    """The students' noise levels (steps,): the rho-schedule at u = i / (steps + 1), i = 0, 1, ... (our reading).
-
-    EDM's own ends at sigma_min, where nothing is left to denoise: of four calls a student would waste the last.
-    More calls fall where a tone is decided, too: for Presto-LS at 4 steps (seed 0, 100 updates) i / steps gave a
-    Frechet distance of 0.72, i / (steps + 1/2) 0.52, this 0.29.
-    """
+    """The noise levels of the students' sampler (steps,): u = i / (steps + 1) (our reading). EDM's
+    schedule ends at sigma_min, where nothing is left to denoise: a wasted call."""
     return rho_schedule(torch.arange(steps) / (steps + 1), cfg)
 
-
 def draw_sigma(distribution, count, cfg, device):
-    """Draw noise levels (count,) from p(sigma^train), p(sigma^inf), or four fixed levels, as DMD2 has."""
-    if distribution == "train":                                      # EDM, table 1: ln sigma is Gaussian
+    """Draw noise levels (count,) from one of the distributions of the symbols table."""
+    if distribution == "train":  # ln sigma is Gaussian (EDM, table 1)
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
-    if distribution == "inf":
+    if distribution == "inf":  # the rho-schedule at a uniform u
         return rho_schedule(torch.rand(count, device=device), cfg)
+    # "discrete": the students' own four levels, as in DMD2
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
-
-def add_noise(x, sigma):
-    """x + sigma * epsilon, with one sigma a sample, or one for all."""
+def add_noise(x, sigma):  # (batch, channels, frames), () or (batch,)
     return x + sigma.reshape(-1, 1, 1) * torch.randn_like(x)
 
+def dsm_loss(denoised, target, sigma, cfg):
+    """Denoising score matching: lambda(sigma) ||denoised - target||^2 (EDM, equations 2 and 8).
+    lambda is 1 / c_out^2: this is the squared error of F_theta, and every level counts alike."""
+    weight = (sigma**2 + cfg.sigma_data**2) / (sigma * cfg.sigma_data) ** 2  # (batch,)
+    return (weight.reshape(-1, 1, 1) * (denoised - target).square()).mean()
 
-def dsm_loss(denoised, x, sigma, sigma_data):
-    """EDM-weighted denoising score matching: lambda(sigma) ||D(x + n) - x||^2 (EDM, equations 2 and 8).
-
-    `denoised` is what the denoiser made of x + sigma * noise. The weight makes every noise level count
-    alike: it is 1 / c_out^2, so that this is the plain squared error of the inner network F_theta.
-    """
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    return (weight.reshape(-1, 1, 1) * (denoised - x).square()).mean()
-
-
-def guided(denoise, scale):
-    """Classifier-free guidance: mu(x, null) + w (mu(x, label) - mu(x, null)), a denoiser again.
-
-    w = 1 is the plain conditional denoiser, and costs no second evaluation; w = 0 ignores the label.
-    """
-    if scale == 1:
+def guided(denoise, cfg):
+    """Classifier-free guidance: a denoiser again. w = 1 is the plain one, and half the cost.
+        mu(x, null) + w * (mu(x, label) - mu(x, null))
+    The difference points to the wanted class. A part of it lies along mu(x, label) itself and only
+    makes a tone louder. Of that part, only the share `parallel` is kept; 1 is the paper's formula
+    (APG, Sadat et al. 2025, arXiv 2410.02416)."""
+    if cfg.w == 1:
         return denoise
-
     def denoise_guided(x, sigma, label):
         sigma = sigma if sigma.ndim == 0 else sigma.repeat(2)
-        both = denoise(x.repeat(2, 1, 1), sigma, torch.cat([label, torch.full_like(label, NULL_LABEL)]))
-        conditional, null = both.chunk(2)
-        return null + scale * (conditional - null)
-
+        null = torch.full_like(label, cfg.null)
+        both = denoise(x.repeat(2, 1, 1), sigma, torch.cat([label, null]))
+        conditional, unconditional = both.chunk(2)  # (batch, channels, frames) each
+        difference = conditional - unconditional
+        size = conditional.square().sum((1, 2), keepdim=True).clamp_min(1e-9)  # (batch, 1, 1)
+        along = (difference * conditional).sum((1, 2), keepdim=True) / size * conditional
+        difference = difference - (1 - cfg.parallel) * along
+        return conditional + (cfg.w - 1) * difference
     return denoise_guided
-
 
 @torch.no_grad()
 def sample_heun(denoise, x, sigmas, label):
-    """Heun's second-order sampler (EDM, algorithm 1): 2 * steps - 1 evaluations.
-
-    x is pure noise of standard deviation sigmas[0]; sigmas end with 0.
-    """
-    for sigma, following in zip(sigmas[:-1], sigmas[1:]):
-        slope = (x - denoise(x, sigma, label)) / sigma               # dx / dsigma
-        euler = x + (following - sigma) * slope
-        if following > 0:                                            # second order: the mean of both ends' slopes
-            slope = (slope + (euler - denoise(euler, following, label)) / following) / 2
-        x = x + (following - sigma) * slope
+    """Heun's second-order sampler (EDM, algorithm 1), for the teacher: 2 * steps - 1 evaluations.
+    x: pure noise of standard deviation sigmas[0] (batch, channels, frames). sigmas end with 0."""
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        d = (x - denoise(x, sigma, label)) / sigma  # dx / dsigma  (batch, channels, frames)
+        x_next = x + (sigma_next - sigma) * d  # Euler's step
+        if sigma_next > 0:
+            d_next = (x_next - denoise(x_next, sigma_next, label)) / sigma_next
+            x_next = x + (sigma_next - sigma) * (d + d_next) / 2  # the mean of both slopes
+        x = x_next
     return x
 
+# ---- Part 4. Teacher: the training loop, and the loss of a denoiser ------------------------------
+# All training loops of this file are alike. They use a `run` (Part 8), which offers
+#     run.cfg, run.device                settings and device
+#     run.latents.sample_batch(count)    real latents x_real, and their labels
+#     run.load(stage)                    the finished model of an earlier stage, frozen
+#     run.loop(stage, total, **state)    yields 0 ... total - 1 under a progress bar. It saves
+#                                        `state`, and after an interruption goes on from there
+#     run.log(model, **values)           shows losses, and now and then the model's accuracy
+def lr_at(i, total, lr):
+    """The learning rate of update i: a short rise, then flat, then a linear fall over 60 %. While
+    it falls, the noise of the small batches leaves the weights: samples become clean."""
+    return lr * min(1, (i + 1) / (0.025 * total), (total - i) / (0.6 * total))
 
-@torch.no_grad()
-def sample_multistep(denoise, x, sigmas, label):
-    """The students' sampler: denoise to x0, re-noise to the next sigma, repeat (as consistency models).
-
-    One evaluation a step, never guided: what guidance there is was in the student's real score (generator_loss).
-    The paper sees quality plateau near 4 steps and fall at 8 and 16. So does this toy, and here the reason can be
-    heard: DMD leaves the generator a little too loud at middling noise (train_steps says why), every call starts
-    from the last one's output, and so that compounds. At 4, 8 and 16 steps Presto-S has a Frechet distance of 0.25,
-    0.74 and 3.42, and a loudness of -16.0, -15.0 and -13.1 dB, where real clips have -16.1 (README, row 2).
-    """
-    x0 = denoise(x, sigmas[0], label)
-    for sigma in sigmas[1:]:
-        x = x0 + sigma * torch.randn(x.shape).to(x.device)
-        x0 = denoise(x, sigma, label)
-    return x0
-
-
-# ================================================================================================
-# Part 4. Teacher
-# ================================================================================================
-
-
-def anneal(lr, step, total):
-    """A hundred steps of warm-up, then flat, then a linear fall to zero over the last 60 %. While it falls samples
-    become clean: a teacher had 48 % of its classes right before it, and all at its end."""
-    return lr * min(1.0, (step + 1) / 100, (total - step) / (0.6 * total))
-
-
-class Diverged(Exception):
-    """A loss or gradient is no longer a number."""
-
-
-def update(loss, optimizer, lr):
-    """One optimizer step at learning rate `lr`, on the optimizer's own parameters and no others.
-
-    `inputs=` keeps gradients out of every other network that the loss ran through: the generator's GAN term
-    runs through the fake score's lower half and the head, and must not leave a trace there.
-    """
+def optimizer_step(loss, optimizer, lr):
+    """One update of the optimizer's own parameters. `inputs=` keeps gradients out of all others:
+    the generator's GAN term runs through the fake score and the head, and must not train them."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     loss.backward(inputs=parameters)
     norm = nn.utils.clip_grad_norm_(parameters, 1.0)
     if not math.isfinite(norm):
-        raise Diverged(f"the loss is {loss.item()}, its gradient's norm {norm.item()}")
+        raise FloatingPointError(f"the loss is {loss.item()}, its gradient's norm {norm.item()}")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
 
-
-def averaged(model, decay):
-    """An exponential moving average of a model's weights: the model that is sampled and saved. Its first update
-    copies the weights."""
+def make_ema(model, decay):
+    """An exponential moving average of a model's weights. It is what is sampled and saved."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
+def train_vae(run):
+    cfg = run.cfg
+    vae = VAE(cfg).to(run.device)
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
+    for i in run.loop("vae", cfg.vae_updates, vae=vae, optimizer=optimizer):
+        wave, _ = cfg.world.make_batch(cfg.vae_batch)
+        loss, error = vae_loss(vae, wave.to(run.device), cfg)
+        optimizer_step(loss, optimizer, lr_at(i, cfg.vae_updates, cfg.vae_lr))
+        run.log(loss=loss, SNR=-10 * error.log10())  # signal-to-noise ratio in dB
+    with torch.no_grad():  # measure the scale of the latents
+        waves = [cfg.world.make_batch(64)[0].to(run.device) for _ in range(16)]
+        mean = torch.cat([vae.posterior(wave)[0] for wave in waves])  # (1024, channels, frames)
+        vae.mean.copy_(mean.mean((0, 2))[:, None])
+        vae.scale.copy_(mean.std((0, 2))[:, None] / cfg.sigma_data)
+    return vae
 
-class LatentBank:
-    """x_real: cfg.bank clips, encoded once, as a real project encodes its data set before it trains on it."""
-
+class Latents:
+    """The training set: `cfg.clips` real clips, encoded once. Some captions are wrong, as in data
+    from the web (ours). The plain teacher learns these errors, too, and guidance mends them."""
     def __init__(self, vae, cfg, seed):
-        generator = torch.Generator().manual_seed(seed)
-        latents, labels = [], []
+        rng = torch.Generator().manual_seed(seed)
+        x, label = [], []
         with torch.no_grad():
-            for start in range(0, cfg.bank, 64):
-                wave, label = toy_data.make_batch(min(64, cfg.bank - start), generator)
-                latents.append(vae.encode(wave.to(vae.mean.device)))
-                labels.append(label)
-        self.latents = torch.cat(latents)                            # (bank, channels, frames)
-        self.labels = torch.cat(labels).to(self.latents.device)      # (bank,)
+            for start in range(0, cfg.clips, 64):
+                wave, true_label = cfg.world.make_batch(min(64, cfg.clips - start), rng)
+                x.append(vae.encode(wave.to(vae.mean.device)))
+                label.append(true_label)
+        is_wrong = torch.rand(cfg.clips, generator=rng) < cfg.wrong_captions
+        random_label = torch.randint(cfg.null, (cfg.clips,), generator=rng)
+        self.x = torch.cat(x)  # (clips, channels, frames)
+        self.label = torch.where(is_wrong, random_label, torch.cat(label)).to(self.x.device)
 
-    def draw(self, count):
-        """Latents (count, channels, frames) and their labels (count,), drawn at random."""
-        index = torch.randint(len(self.labels), (count,)).to(self.labels.device)
-        return self.latents[index], self.labels[index]
+    def sample_batch(self, count):
+        index = torch.randint(len(self.label), (count,)).to(self.label.device)
+        return self.x[index], self.label[index]  # (count, channels, frames), (count,)
 
+def teacher_loss(model, x_real, label, sigma, cfg):
+    """The loss of a denoiser: find x_real in x_real + sigma * noise."""
+    denoised = model(add_noise(x_real, sigma), sigma, label)  # (batch, channels, frames)
+    return dsm_loss(denoised, x_real, sigma, cfg)
 
-def drop_labels(label, share):
-    """Replace a random share of the labels by the null label: CFG needs a denoiser for that too."""
-    return torch.where(torch.rand(len(label), device=label.device) < share, NULL_LABEL, label)
-
-
-def train_teacher(run, stage):
-    """Train the teacher by denoising score matching; returns its averaged weights."""
-    cfg, bank = run.cfg, run.bank
-    model = run.place(Denoiser(cfg))
-    ema = averaged(model, cfg.teacher_ema)
+def train_denoiser(run, stage, model, loss_of, updates, lr):
+    """Train the teacher or Presto-L. They differ in their loss, and in what they start from."""
+    cfg = run.cfg
+    ema = make_ema(model, cfg.ema)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
-    for step in run.steps(stage, cfg.teacher_steps, model=model, ema=ema, optimizer=optimizer):
-        x_real, label = bank.draw(cfg.batch)
-        label = drop_labels(label, cfg.label_dropout)
-        sigma = draw_sigma("train", cfg.batch, cfg, run.device)
-        loss = dsm_loss(model(add_noise(x_real, sigma), sigma, label), x_real, sigma, cfg.sigma_data)
-        update(loss, optimizer, anneal(cfg.teacher_lr, step, cfg.teacher_steps))
+    for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
+        x_real, label = run.latents.sample_batch(cfg.batch)
+        is_dropped = torch.rand(len(label), device=run.device) < cfg.label_dropout
+        label = torch.where(is_dropped, cfg.null, label)  # guidance needs mu(x, null), too
+        sigma = draw_sigma("train", len(label), cfg, run.device)
+        loss = loss_of(model, x_real, label, sigma, cfg)
+        optimizer_step(loss, optimizer, lr_at(i, updates, lr))
         ema.update_parameters(model)
-        run.show(loss=loss)
-        if run.listens(step, cfg.teacher_steps):
-            run.show(right=run.right(stage, ema.module))
+        run.log(ema.module, loss=loss)
     return ema.module
 
+def train_teacher(run):
+    cfg, model = run.cfg, Denoiser(run.cfg).to(run.device)
+    return train_denoiser(run, "teacher", model, teacher_loss, cfg.teacher_updates, cfg.teacher_lr)
 
-# ================================================================================================
-# Part 5. Presto-L: fewer layers where there is more noise
-# ================================================================================================
-# ASE ("a simple early exiting framework", Moon et al. 2024), for one who never read it: far from the data
-# a denoiser only has to say roughly where the data is, and few blocks can do that. So a table says how
-# many blocks run at each noise level, all of them near the data; a trained DiT is fine-tuned for it, each
-# sample leaving the network at its own exit.
-#
-# Its weakness, says Presto!: a DiT's hidden state grows sharply in its last blocks and the output layer
-# expects that, but an early exit shows it a hidden state from before. Hence `shift`, `budget_embedding`
-# (see DiT), and a third change, in layer_loss: the full-depth pass teaches the short one.
-#
-# Here, at sigma = 15, the teacher's last block takes the variance from 18 to 125; ASE leaves with 12, Presto-L
-# with 60. (The final LayerNorm repairs its size, but not that the output layer learnt to read what the last
-# block wrote.) Yet variance is not all: ASE + shift has 80, and a Frechet distance of 1.41, where ASE has
-# 0.81; only with L_st does the shift pay: 0.44 (medians of three seeds; README, row 8).
-
-
-def budget_at(sigma, shares, cfg):
-    """How many blocks run at this noise level: an int for a scalar sigma, (batch,) for one a sample.
-
-    `shares` are fractions of the depth over equal bins of time, clean to noisy. Time is the position on
-    the rho-schedule: what a sampler sees of the noise (our reading).
-    """
-    bins = len(shares)
-    edges = rho_schedule(1 - torch.arange(1, bins) / bins, cfg)      # rising sigma
-    edges = 0.999 * edges                                            # a level on an edge belongs to the noisier bin
-    table = (torch.tensor(shares) * cfg.depth).round().long().clamp(1, cfg.depth)
+# ---- Part 5. Presto-L: fewer layers where there is more noise ------------------------------------
+# ASE (Moon et al. 2024): far from the data a denoiser only has to say roughly where the data is,
+# and few blocks can do that. So fewer blocks run as the noise grows. A trained DiT is fine-tuned
+# for it, each sample leaving the network at its own exit. Presto! sees a weakness: the hidden state
+# of a DiT grows sharply in its last blocks, and the output layer learnt to read what the last block
+# writes. An early exit shows it something else. Presto-L makes three changes:
+#   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
+#   2. The network is told its budget (DiT.budget_table).
+#   3. L_st: the full-depth pass teaches the short one (layer_loss).
+def budget_at(sigma, fractions, cfg):
+    """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
+    `fractions` of the depth belong to equal bins of time, from clean to noisy. Time is the position
+    on the rho-schedule: what a sampler sees of the noise (our reading)."""
+    bins = len(fractions)
+    edges = rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,), rising
+    edges = 0.999 * edges  # a level exactly on an edge belongs to the noisier bin
+    table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
     return int(budget) if sigma.ndim == 0 else budget
 
+def with_budget(model, fractions, cfg):
+    """A denoiser that runs only the blocks that its noise level deserves. None: all blocks."""
+    if fractions is None:
+        return model
+    def denoise(x, sigma, label, **options):
+        return model(x, sigma, label, budget_at(sigma, fractions, cfg), **options)
+    return denoise
 
-def with_budget(model, shares, cfg):
-    """A model that runs only the blocks that its noise level deserves: a denoiser again. No shares: all blocks."""
-    return model if shares is None else lambda x, sigma, label, **options: model(x, sigma, label, budget_at(sigma, shares, cfg), **options)
-
-
-def layer_loss(model, x_real, label, sigma, budget, cfg):
-    """Presto-L's loss: L_DSM of the shortened pass + self_teacher * L_st.
-
-    L_st is the same weighted distance, from the short pass to the full-depth pass of the same weights on
-    the same noisy input, without gradient: a target free of x_real's own randomness (our reading).
-    self_teacher = 0 is ASE's loss.
-    """
-    x = add_noise(x_real, sigma)
-    short = model(x, sigma, label, budget)
-    loss = dsm_loss(short, x_real, sigma, cfg.sigma_data)
+def layer_loss(model, x_real, label, sigma, cfg):
+    """The loss of Presto-L: L_DSM of the short pass + self_teacher * L_st (0 is the loss of ASE).
+    L_st has the same form. Its target is what the same weights answer at full depth, without
+    gradient (our reading): the mean of all latents that fit, where x_real is one of them."""
+    x = add_noise(x_real, sigma)  # (batch, channels, frames)
+    short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
+    loss = dsm_loss(short, x_real, sigma, cfg)
     if cfg.self_teacher > 0:
         with torch.no_grad():
-            full = model(x, sigma, label)
-        loss = loss + cfg.self_teacher * dsm_loss(short, full, sigma, cfg.sigma_data)
+            full = model(x, sigma, label)  # (batch, channels, frames)
+        loss = loss + cfg.self_teacher * dsm_loss(short, full, sigma, cfg)
     return loss
 
+def train_presto_l(run):
+    cfg, model = run.cfg, run.load("teacher").requires_grad_(True)
+    return train_denoiser(run, "presto-l", model, layer_loss, cfg.layer_updates, cfg.layer_lr)
 
-def hidden_variances(model, x, sigma, label, budget):
-    """Variances of the hidden state after each block that runs (a list): what Presto! means to preserve (abstract).
-    After the last one come only a LayerNorm and the output layer."""
-    seen = []
-    hooks = [block.register_forward_hook(lambda _, inputs, h: seen.append(h.var().item())) for block in model.net.blocks]
-    model(x, sigma, label, budget)
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
-def train_layers(run, stage):
-    """Train Presto-L, from the teacher; returns its averaged weights."""
-    cfg, bank = run.cfg, run.bank
-    model = run.load("teacher").requires_grad_(True)
-    ema = averaged(model, cfg.teacher_ema)
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
-    for step in run.steps(stage, cfg.layer_steps, model=model, ema=ema, optimizer=optimizer):
-        x_real, label = bank.draw(cfg.batch)
-        label = drop_labels(label, cfg.label_dropout)
-        sigma = draw_sigma("train", cfg.batch, cfg, run.device)
-        loss = layer_loss(model, x_real, label, sigma, budget_at(sigma, cfg.budgets, cfg), cfg)
-        update(loss, optimizer, anneal(cfg.layer_lr, step, cfg.layer_steps))
-        ema.update_parameters(model)
-        run.show(loss=loss)
-        if run.listens(step, cfg.layer_steps):
-            run.show(right=run.right(stage, ema.module))
-    return ema.module
-
-
-# ================================================================================================
-# Part 6. Presto-S and Presto-LS: fewer steps
-# ================================================================================================
-# A denoiser answers with the mean of all clean latents that fit what it sees: from pure noise that is a blur, and
-# so a teacher is called many times. Presto-S makes of it a generator, whose single answer is a sample. No x_real
-# is its target: it is the distribution of its answers that is pulled to the data's (DMD). And noise is used in
-# four places: p_gen is what the generator will meet when it is sampled, "inf"; the three losses use "train",
-# where the teacher learnt, and its copy the fake score (README, rows 4 and 5, has what happens otherwise).
-#
-# Read `train_steps` first: it calls what stands above it.
-
-
+# ---- Part 6. Presto-S and Presto-LS: fewer steps -------------------------------------------------
+# The mean of all latents that fit pure noise is a blur, and so a teacher must be called many times.
+# Presto-S makes a generator of it, whose one answer is a sample. No x_real is its target: the
+# distribution of its answers is pulled to that of the data.
 class Discriminator(nn.Module):
-    """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (the paper's form).
-
-    Its output (batch, frames / 8) is a sequence, about 2 values a second (2.8 in the paper), and not
-    pooled: it says where a clip sounds wrong, not only that it does.
-    """
-
+    """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It
+    answers about twice a second (paper: 2.8), not once per clip, and says where a clip is wrong."""
     def __init__(self, cfg):
         super().__init__()
-        w = cfg.width
-        layers = []
+        w, layers = cfg.width, []
         for stride in (1, 2, 2, 2):
-            layers += [nn.Conv1d(w, w, 4 if stride == 2 else 3, stride, padding=1), nn.GroupNorm(4, w), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Conv1d(w, 1, 1))     # a 1x1 convolution: linear at each place
+            kernel = 3 if stride == 1 else 4
+            layers += [nn.Conv1d(w, w, kernel, stride, padding=1), nn.GroupNorm(4, w), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv1d(w, 1, 1))
 
-    def forward(self, hidden):                                       # (batch, frames, width)
-        return self.layers(hidden.mT)[:, 0]                          # (batch, frames / 8)
-
+    def forward(self, features):  # (batch, frames, width)
+        return self.layers(features.mT)[:, 0]  # (batch, frames / 8)
 
 def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
-    """The distribution-matching gradient on x_gen, one value an element (DMD2, as its code computes it).
-
-    g = (mu_fake(x_t) - mu_real(x_t)) / mean|x_gen - mu_real(x_t)|,  x_t = x_gen + sigma * noise
-
-    A denoiser is called a score because it is one in disguise: grad log p(x_t) = (mu(x_t) - x_t) / sigma^2
-    (Tweedie). So fake - real is sigma^2 times a difference of scores, the gradient of KL(generated || real), both
-    noised: descending it moves x_gen to what the real score expects, and away from what the generator makes too
-    often. The KL is taken on the generator's own output, hence both look at that, never at x_real. Both give a
-    direction there, not a finished sample, so neither need be good in one step. The divisor brings every noise
-    level and sample to a comparable scale; where the scores agree, nothing pulls.
-    """
-    x_t = add_noise(x_gen, sigma)                                    # step 3
-    real = real_score(x_t, sigma, label)                             # step 4, guided unless dmd_cfg_scale is 1
-    fake = fake_score(x_t, sigma, label)                             # step 4
-    return (fake - real) / (x_gen - real).abs().mean((1, 2), keepdim=True).clamp_min(1e-6)
-
+    """The distribution-matching gradient on x_gen, as the code of DMD2 computes it.
+        g = (mu_fake(x) - mu_real(x)) / mean|x_gen - mu_real(x)|,   x = x_gen + sigma * noise
+    A denoiser is a score in disguise: grad log p(x) = (mu(x) - x) / sigma^2 (Tweedie). So fake -
+    real is, up to a factor, the gradient of KL(generated || real), both noised. Going down it moves
+    x_gen to where real latents are more frequent than generated ones. The KL is a mean over what
+    the generator makes. Hence both scores look at x_gen, never at x_real. They only show a
+    direction, and need not be good in one step. The divisor brings all samples to a like size."""
+    x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
+    real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
+    fake = fake_score(x, sigma, label)  # 4  (batch, channels, frames)
+    size = (x_gen - real).abs().mean((1, 2), keepdim=True).clamp_min(1e-6)  # (batch, 1, 1)
+    return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """A loss whose gradient is `gradient` (over the number of elements): 0.5 MSE to a stopped target."""
+    """A loss whose gradient on x_gen is `gradient` (over the number of elements). Its value is the
+    mean of gradient^2 / 2, which need not fall while training works."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
-
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
-    """L_DMD + nu1 * L_GAN, for the generator's update.
-
-    `real_score` is the teacher, guided in the paper: mu(null) + w (mu(label) - mu(null)) with w = dmd_cfg_scale, so
-    that the student has no need of guidance at inference; here w is 1 (README, row 7). The GAN term is least squares
-    (paper): x_gen should be rated 1, "real". In a stage as short as ours it changes nothing that can be heard at the
-    paper's weights, nor at ten times these, and harms at a hundred times (README, row 6).
-    """
-    count, device = len(x_gen), x_gen.device
+    """L_DMD + nu1 * L_GAN, for the generator.
+    L_GAN is least squares (paper): the head should take x_gen for real, 1. It reads the fake score,
+    as in DMD2: the teacher does not know the generator's faults. The paper's nu1 would be weaker
+    here, because L_DMD is a mean over the elements of a latent, and there are only 256."""
+    sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
-        gradient = dmd_gradient(x_gen, draw_sigma(cfg.p_dmd, count, cfg, device), label, real_score, fake_score)
-    sigma = draw_sigma(cfg.p_gan, count, cfg, device)                # step 7
-    rating = head(fake_score(add_noise(x_gen, sigma), sigma, label, half=True))   # step 8
-    return dmd_loss(x_gen, gradient) + cfg.nu1 * (rating - 1).square().mean()
-
+        gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
+    sigma = draw_sigma(cfg.p_gan, len(x_gen), cfg, x_gen.device)  # 7
+    features = fake_score(add_noise(x_gen, sigma), sigma, label, return_features=True)
+    loss_gan = (head(features) - 1).square().mean()  # 8
+    return dmd_loss(x_gen, gradient) + cfg.nu1 * loss_gan
 
 def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
-    """L_fake-DSM + nu2 * L_GAN, for the update of the fake score and its head.
+    """L_fake-DSM + nu2 * L_GAN, for the fake score and the head. The first term keeps the fake
+    score on the generator's distribution. The second makes its lower half and the head tell x_real,
+    1, from x_gen, 0. Both are noised at the same level, so that the amount of noise does not tell
+    them apart."""
+    sigma = draw_sigma(cfg.p_dsm, len(x_gen), cfg, x_gen.device)  # 5
+    denoised = fake_score(add_noise(x_gen, sigma), sigma, label)  # (batch, channels, frames)
+    loss_dsm = dsm_loss(denoised, x_gen, sigma, cfg)  # 6
+    sigma = draw_sigma(cfg.p_gan, len(x_gen), cfg, x_gen.device)  # 7
+    features_gen = fake_score(add_noise(x_gen, sigma), sigma, label, return_features=True)
+    features_real = fake_score(add_noise(x_real, sigma), sigma, label, return_features=True)
+    loss_gan = head(features_gen).square().mean() + (head(features_real) - 1).square().mean()  # 8
+    return loss_dsm + cfg.nu2 * loss_gan
 
-    The first term keeps the fake score on the generator's distribution, the second makes its lower half
-    and the head tell x_real (1) from x_gen (0); nu2 is small, so that it stays a denoiser. As in the DMD2 paper
-    the features are the fake score's, not the teacher's: they follow the generator and its faults.
-    """
-    count, device = len(x_gen), x_gen.device
-    sigma = draw_sigma(cfg.p_dsm, count, cfg, device)                # step 5
-    loss = dsm_loss(fake_score(add_noise(x_gen, sigma), sigma, label), x_gen, sigma, cfg.sigma_data)   # step 6
-    sigma = draw_sigma(cfg.p_gan, count, cfg, device).repeat(2)      # step 7
-    both = torch.cat([x_gen, x_real])
-    rating = head(fake_score(add_noise(both, sigma), sigma, label.repeat(2), half=True))   # step 8
-    rating_gen, rating_real = rating.chunk(2)
-    return loss + cfg.nu2 * (rating_gen.square().mean() + (rating_real - 1).square().mean())
-
-
-def train_steps(run, stage):
-    """Train Presto-S; or Presto-LS, whose generator starts from Presto-L and drops layers.
-
-    Its two scores do not ("full-capacity score estimation", our reading): they are a measuring instrument, and
-    cost nothing at inference. `ls_start` and `full_scores` are there to try the alternatives.
-
-    Why sigma_max is 20: the fake score does not know from which noise level a clip was made, so DMD only matches
-    the mixture over all of p_gen. Where noise hides everything, a generator answers with its class's mean, which is
-    dull, and DMD makes up for that by making its other outputs too loud. With EDM's 80, outputs from sigma = 2.5
-    had a standard deviation of 0.55 after 120 updates, where 0.50 is right, and clips of 4 steps (at u = i / 4)
-    were 1 dB too loud. 20 leaves fewer dull ones: within 0.3 dB (Presto-S, seed 0).
-    """
-    cfg, bank, layers = run.cfg, run.bank, stage == "presto-ls"
-    shares = cfg.budgets_ls if layers else None                      # of the blocks; None: all of them
-    short_scores = layers and not cfg.full_scores
-    scores, score_shares = ("presto-l", shares) if short_scores else ("teacher", None)
-    model = run.load(cfg.ls_start if layers else "teacher").requires_grad_(True)
-    generator = with_budget(model, shares, cfg)
-    real_score = guided(with_budget(run.load(scores), score_shares, cfg), cfg.dmd_cfg_scale)
+def train_student(run, stage):
+    """Train Presto-S, or Presto-LS: the same loop, but the generator starts from Presto-L and drops
+    layers. Its scores keep full depth (our reading): they measure, and cost nothing at inference.
+    `tell_level` (ours; off is the paper's loop): one fake score sees the generator's answers to all
+    noise levels mixed. If those to high noise are too dull and those to low noise too loud, the
+    mixture looks right, and DMD goes on pushing both away from the truth: loudness grows. A fake
+    score that is told the level compares the answers at each level by themselves. (Phased DMD,
+    arXiv 2510.27684, has one expert per interval of levels.)"""
+    cfg, is_ls = run.cfg, stage == "presto-ls"
+    fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
+    is_short = is_ls and not cfg.full_scores
+    score_stage, score_fractions = ("presto-l", fractions) if is_short else ("teacher", None)
+    generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
+    fake_net = run.load(score_stage).requires_grad_(True)
+    if cfg.tell_level:
+        fake_net.net.gen_level = LevelEmbedding(cfg.width).to(run.device)
     head = Discriminator(cfg).to(run.device)
-    fake = run.load(scores).requires_grad_(True)
-    fake_score = with_budget(fake, score_shares, cfg)
-    ema = averaged(model, cfg.student_ema)
-    generator_optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    fake_optimizer = torch.optim.Adam([*fake.parameters(), *head.parameters()], fused=True)
-
-    def make_x_gen():                                                # steps 1 and 2
-        # Real latents at a continuous sigma, as in the paper's Figure 1: at sigma_max they are a fortieth of the
-        # noise, so that pure noise is nothing new. DMD2 simulates its own sampler instead, to train on what
-        # inference will show it; that costs calls, and fixes the step count. Its four fixed levels, tried here,
-        # were worse at 4, 6 and 8 steps: at 8, a Frechet distance of 1.96, not 0.74 (README, row 5).
-        x_real, label = bank.draw(cfg.student_batch)
-        sigma = draw_sigma(cfg.p_gen, cfg.student_batch, cfg, run.device)
-        return generator(add_noise(x_real, sigma), sigma, label), x_real, label
-
-    for step in run.steps(stage, cfg.student_steps, model=model, ema=ema, fake=fake, head=head,
-                          generator_optimizer=generator_optimizer, fake_optimizer=fake_optimizer):
-        # Five to one, since the DMD gradient is only as true as the fake score is up to date. Here 1, 3, 5 and 6
-        # gave a coverage of 0.82, 0.90, 0.90 and 0.91 at 4 steps: three would do. One, with the time saved spent on
-        # more updates, is worse still: 0.78, and a Frechet distance of 0.62 where five have 0.25 (README, row 3).
-        for _ in range(cfg.fake_updates):
+    generator = with_budget(generator_net, fractions, cfg)
+    real_score = guided(with_budget(run.load(score_stage), score_fractions, cfg), cfg)
+    fake_score = with_budget(fake_net, score_fractions, cfg)
+    ema = make_ema(generator_net, cfg.student_ema)
+    generator_optimizer = torch.optim.Adam(generator_net.parameters(), fused=True)
+    fake_optimizer = torch.optim.Adam([*fake_net.parameters(), *head.parameters()], fused=True)
+    def make_x_gen():
+        x_real, label = run.latents.sample_batch(cfg.student_batch)
+        sigma = draw_sigma(cfg.p_gen, len(label), cfg, run.device)  # 1
+        x_gen = generator(add_noise(x_real, sigma), sigma, label)  # 2
+        told = functools.partial(fake_score, sigma_gen=sigma) if cfg.tell_level else fake_score
+        return x_gen, x_real, label, told
+    for i in run.loop(stage, cfg.student_updates, net=generator_net, ema=ema, fake=fake_net,
+                      head=head, optimizer=generator_optimizer, fake_optimizer=fake_optimizer):
+        # The DMD gradient is only as true as the fake score is up to date: hence five to one.
+        for _ in range(cfg.warm_updates if i == 0 else cfg.fake_updates):
             with torch.no_grad():
-                x_gen, x_real, label = make_x_gen()
-            loss_fake = fake_score_loss(x_gen, x_real, label, fake_score, head, cfg)
-            update(loss_fake, fake_optimizer, cfg.fake_lr)
-        x_gen, _, label = make_x_gen()
-        loss = generator_loss(x_gen, label, real_score, fake_score, head, cfg)
-        update(loss, generator_optimizer, cfg.generator_lr)
-        ema.update_parameters(model)
-        # Both losses only oscillate: they are an equilibrium. Only listening tells whether it works.
-        run.show(loss=loss, fake=loss_fake)
-        if run.listens(step, cfg.student_steps):
-            run.show(right=run.right(stage, ema.module))
+                x_gen, x_real, label, told = make_x_gen()
+            loss_fake = fake_score_loss(x_gen, x_real, label, told, head, cfg)  # 5 to 8
+            optimizer_step(loss_fake, fake_optimizer, cfg.fake_lr)
+        x_gen, _, label, told = make_x_gen()  # 1, 2
+        loss = generator_loss(x_gen, label, real_score, told, head, cfg)  # 3, 4, 7, 8
+        optimizer_step(loss, generator_optimizer, lr_at(i, cfg.student_updates, cfg.generator_lr))
+        ema.update_parameters(generator_net)
+        # Both losses only oscillate, for they are an equilibrium. Accuracy shows progress.
+        run.log(ema.module, loss=loss, fake=loss_fake)
     return ema.module
 
+@torch.no_grad()
+def sample_multistep(denoise, x, sigmas, label):
+    """The students' sampler: denoise to x0, noise that to the next sigma, repeat.
+    No guidance: the generator learnt from a guided score. x: noise of standard deviation sigmas[0]
+    (batch, channels, frames). Training noised x_real, not what these steps make: a continuous sigma
+    serves any number of steps (paper), and answers that look real are like x_real anyway."""
+    x0 = denoise(x, sigmas[0], label)
+    for sigma in sigmas[1:]:
+        x = x0 + sigma * torch.randn(x.shape).to(x.device)
+        x0 = denoise(x, sigma, label)  # (batch, channels, frames)
+    return x0
 
-# ================================================================================================
-# Part 7. Generating and measuring: the same few lines for every model
-# ================================================================================================
-
-
-def is_student(name):
-    """Whether a model is sampled in few steps, by re-noising, and without guidance.
-
-    "undistilled" is the teacher sampled so: what Presto-S starts from, to see what distilling adds.
-    """
-    return name in ("presto-s", "presto-ls", "undistilled")
-
-
-def default_steps(name, cfg):
-    """How many steps a model is sampled in where nobody says."""
-    return 4 if is_student(name) else cfg.teacher_sampling_steps
-
-
-def sigmas_of(name, steps, cfg):
-    """The noise levels that a model's sampler visits."""
-    return (student_sigmas if is_student(name) else edm_sigmas)(steps, cfg)
-
-
-def shares_of(name, cfg):
-    """The shares of its blocks that a model runs, by noise level; None where it runs all."""
-    return {"presto-l": cfg.budgets, "presto-ls": cfg.budgets_ls}.get(name)
-
-
-def generate(name, model, label, steps, cfg):
-    """Latents (batch, channels, frames) for labels (batch,), with noise from the global generator.
-
-    Noise is drawn on the CPU, so that one seed means nearly one sound on every device.
-    """
-    denoise = with_budget(model, shares_of(name, cfg), cfg)
-    sigmas = sigmas_of(name, steps, cfg).to(label.device)
-    x = sigmas[0] * torch.randn(len(label), cfg.latent_channels, cfg.frames).to(label.device)
-    if is_student(name):
-        return sample_multistep(denoise, x, sigmas, label)
-    return sample_heun(guided(denoise, cfg.cfg_scale), x, sigmas, label)
-
-
+# ---- Part 7. Generating and measuring ------------------------------------------------------------
+STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # "re-noised": the teacher, sampled as they are
 @torch.inference_mode()
-def timed_clips(name, model, vae, label, steps, cfg):
-    """Clips (batch, time) for labels (batch,), as a user waits for them: with the seconds of network and decoder."""
-    synchronize = getattr(torch, vae.mean.device.type).synchronize   # torch.cuda's, torch.mps's or torch.cpu's
-    start = time.perf_counter()
-    latents = generate(name, model, label.to(vae.mean.device), steps, cfg)
-    synchronize()
-    middle = time.perf_counter()
-    wave = vae.decode(latents)
-    synchronize()
-    return wave.float().cpu(), middle - start, time.perf_counter() - middle
+def make_clips(name, model, vae, label, steps, cfg):
+    """Clips (batch, time) on the CPU for label (batch,), and the seconds that they took. Noise is
+    drawn on the CPU, so that one seed means nearly one sound on every device."""
+    start, device = time.perf_counter(), vae.mean.device
+    label, noise = label.to(device), torch.randn(len(label), cfg.latent_channels, cfg.frames)
+    fractions = {"presto-l": cfg.fractions, "presto-ls": cfg.fractions_ls}.get(name)
+    denoise = with_budget(model, fractions, cfg)
+    if name in STUDENTS:
+        sigmas = student_sigmas(steps, cfg).to(device)
+        latents = sample_multistep(denoise, sigmas[0] * noise.to(device), sigmas, label)
+    else:
+        sigmas = edm_sigmas(steps, cfg).to(device)
+        latents = sample_heun(guided(denoise, cfg), sigmas[0] * noise.to(device), sigmas, label)
+    wave = vae.decode(latents).float().cpu()  # on a GPU, this waits until all is computed
+    return wave, time.perf_counter() - start
 
+def spread_by_level(denoise, x_real, label, sigma):
+    """Variance of a denoiser's answers to noised x_real within a class, over that of x_real.
+    0: it answers with the mean of the class. 1: its answers vary as real latents do. Above: they
+    vary too much. x_real (batch, channels, frames), label (batch,), sigma ()."""
+    answers = denoise(add_noise(x_real, sigma), sigma.repeat(len(label)), label)
+    groups = [label == c for c in label.unique()]
+    of_answers = sum(answers[group].var(0).sum() for group in groups)
+    of_real = sum(x_real[group].var(0).sum() for group in groups)
+    return (of_answers / of_real).item()
 
-def timed_median(name, model, vae, steps, cfg):
-    """Seconds that network and decoder take for one clip: the medians of 20, after a warm-up."""
-    times = [timed_clips(name, model, vae, torch.tensor([0]), steps, cfg)[1:] for _ in range(23)][3:]
-    return tuple(statistics.median(column) for column in zip(*times))
-
-
-def cost(name, steps, cfg):
-    """Network passes a clip (guidance's two halves are one, of twice the batch), and mean blocks in each."""
-    sigmas = sigmas_of(name, steps, cfg)
-    if not is_student(name):
-        sigmas = torch.cat([sigmas[:-1], sigmas[1:-1]])              # Heun looks at every level twice but the first
-    return len(sigmas), budget_at(sigmas, shares_of(name, cfg) or (1.0,), cfg).float().mean().item()
-
-
-# ================================================================================================
-# Part 8. Runs: saving, resuming, checking. No lesson here.
-# ================================================================================================
-TRAIN = dict(zip(STAGES, [train_vae, train_teacher, train_layers, train_steps, train_steps]))
-
-
-class Trouble(Exception):
-    """Anything that the user can mend: becomes one line on stderr and exit status 2."""
-
-
+# ---- Part 8. Runs, and the command line. No lesson here. -----------------------------------------
 def seed_with(*parts):
-    """Seed every generator from any values. Each training step and each clip has a seed of its own: so an
-    interrupted run ends as an uninterrupted one, and clip 3 is the same whatever --count is."""
+    """Seed torch from any values. Every update and every clip has a seed of its own: so an
+    interrupted training ends as an uninterrupted one, and clip 3 is the same for every --count."""
     torch.manual_seed(zlib.crc32(repr(parts).encode()))
 
-
 def write_file(path, data):
-    """Write bytes under a temporary name and rename: no reader ever finds half a file."""
+    """Write bytes under a temporary name, then rename: nobody ever finds half a file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.write_bytes(data)
+        temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
+        if temporary.is_file():
             temporary.unlink()
-        raise Trouble(f"cannot write {path}: {error.strerror}; choose another folder, or free some space")
-
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another folder")
 
 class Run:
-    """A folder of checkpoints, one a stage, and the progress bar of the stage that is training."""
+    """A folder with one checkpoint per stage, and the progress bar of the stage in training."""
+    def __init__(self, folder, device, cfg=None, seed=0, save_every=60.0):
+        self.folder, self.device, self.cfg = pathlib.Path(folder), device, cfg
+        self.seed, self.save_every = seed, save_every
 
-    def __init__(self, folder, cfg, seed, device, save_every=60.0, compile=False):
-        self.folder, self.cfg, self.seed, self.device = pathlib.Path(folder), cfg, seed, device
-        self.save_every, self.compile, self.stop = save_every, compile, None
-
-    @staticmethod
-    def existing(folder, device):
-        """A trained run, as its folder's config.json describes it."""
-        file = pathlib.Path(folder, "config.json")
-        try:
-            about = json.loads(file.read_text())
-            cfg = Config(**{f.name: f.type(about["config"].pop(f.name)) for f in dataclasses.fields(Config)}, **about["config"])
-            return Run(folder, cfg, about["seed"], device)
-        except FileNotFoundError:
-            raise Trouble(f"{folder} holds no run: train one with `python presto.py train --out {folder}`")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise Trouble(f"{file} is damaged, or of another version: start anew with `python presto.py train --out {folder} --fresh`")
-
-    def differs(self, config, seed, stages):
-        """What another config and seed have otherwise, of the seed and the knobs of these stages: a list of strings."""
-        knobs = [(f.name, config[f.name], getattr(self.cfg, f.name)) for f in dataclasses.fields(Config) if f.metadata["stage"] in stages]
-        return [f"{name} ({there} there, {here} here)" for name, there, here in [*knobs, ("seed", seed, self.seed)] if there != here]
-
-    def open(self, first, fresh):
-        """Make the folder ready to train: everything if `fresh`, else from stage `first` on, else what is missing.
-
-        Two configs are never mixed in one folder. But from stage `first` on, all is trained again, and so what
-        only matters from there on (a knob's `stage`) may change: that is what --stage is for.
-        """
-        again = STAGES if fresh else STAGES[STAGES.index(first):] if first else []
-        if (self.folder / "config.json").exists() and not fresh:
-            old = Run.existing(self.folder, self.device)
-            differ = self.differs(dataclasses.asdict(old.cfg), old.seed, [stage for stage in STAGES if stage not in again])
-            if differ:
-                raise Trouble(f"{self.folder} holds a run with another config: {', '.join(differ)}; "
-                              "choose another --out, or --fresh to start it anew")
-        about = dict(config=dataclasses.asdict(self.cfg), seed=self.seed, device=str(self.device), torch=torch.__version__,
-                     python=sys.version.split()[0], threads=torch.get_num_threads())
-        with contextlib.suppress(OSError):                           # no git, no revision
-            about["git"] = subprocess.run(["git", "rev-parse", "HEAD"], cwd=pathlib.Path(__file__).parent,
-                                          capture_output=True, text=True).stdout.strip()
-        try:
-            for file in [self.path(stage, ending) for stage in again for ending in (".pt", ".partial.pt")]:
-                file.unlink(missing_ok=True)
-        except OSError as error:
-            raise Trouble(f"cannot write in {self.folder}: {error.strerror}; choose another --out")
-        write_file(self.folder / "config.json", json.dumps(about, indent=1).encode())
-
-    # ---- what the training loops use ----------------------------------------------------------
     @functools.cached_property
     def vae(self):
         return self.load("vae")
-
     @functools.cached_property
-    def bank(self):
-        return LatentBank(self.vae, self.cfg, self.seed)
+    def latents(self):
+        return Latents(self.vae, self.cfg, self.seed)
+    def path(self, stage):
+        return self.folder / f"{stage}.pt"
+    def is_done(self, stage):
+        return self.path(stage).exists() and self.read(stage)["update"] == "done"
 
-    def steps(self, stage, total, **parts):
-        """Yield a stage's step numbers, from where an interrupted run stopped; save `parts` at intervals."""
-        start = self.read(stage, ".partial.pt", **parts) if self.path(stage, ".partial.pt").exists() else 0
-        saved, self.shown = time.monotonic(), {}
-        with tqdm(total=total, initial=start, desc=f"{stage:9}", unit="step", dynamic_ncols=True) as self.bar:
-            for step in range(start, total):
-                self.where = f"{stage}, step {step} of {total}"
-                if self.stop or time.monotonic() - saved > self.save_every:
-                    self.save(stage, ".partial.pt", step, **parts)
+    def facts(self):
+        prompts = zlib.crc32(repr(self.cfg.world.PROMPTS).encode())  # tells data sets apart
+        return {**dataclasses.asdict(self.cfg), "seed": self.seed, "prompts": prompts}
+
+    def loop(self, stage, total, **state):
+        start = self.read(stage, **state)["update"] if self.path(stage).exists() else 0
+        self.stage, self.total, self.shown, saved = stage, total, {}, time.monotonic()
+        with tqdm(total=total, initial=start, desc=f"{stage:9}", dynamic_ncols=True) as self.bar:
+            for self.update in range(start, total):
+                if time.monotonic() - saved > self.save_every:
+                    self.save(stage, self.update, **state)
                     saved = time.monotonic()
-                if self.stop:
-                    raise KeyboardInterrupt
-                seed_with(self.seed, stage, step)
-                yield step
+                seed_with(self.seed, stage, self.update)
+                yield self.update
                 self.bar.update()
-        seed_with(self.seed, stage, total)                           # for what a loop draws after its last step
-
-    def show(self, **values):
-        """Show figures at the bar's end: losses as they are now, `right` as it was last heard."""
+        seed_with(self.seed, stage, total)
+    def log(self, model=None, **values):
         self.shown.update(values)
-        if self.bar.n % 10 == 0 or "right" in values:
-            self.bar.set_postfix({k: f"{torch.as_tensor(v).item():.3f}" for k, v in self.shown.items()}, refresh=False)
+        world, done = self.cfg.world, self.update + 1
+        is_due = done % max(self.total // 6, 1) == 0 or done == self.total
+        if model is not None and is_due and hasattr(world, "is_correct"):
+            label = torch.arange(len(world.PROMPTS))
+            seed_with(self.seed, "listen")
+            steps = 4 if self.stage in STUDENTS else self.cfg.teacher_steps
+            wave, _ = make_clips(self.stage, model, self.vae, label, steps, self.cfg)
+            self.shown["accuracy"] = world.is_correct(wave, label).float().mean()
+        shown = {name: f"{value.item():.3f}" for name, value in self.shown.items()}
+        self.bar.set_postfix(shown, refresh=False)
 
-    def listens(self, step, total):
-        """Whether to listen at this step: about six times a stage, and at its end."""
-        return (step + 1) % max(total // 6, 1) == 0 or step + 1 == total
-
-    def right(self, stage, model):
-        """The sample metric while training: the share right of one clip of every class."""
-        label = torch.arange(NUM_CLASSES)
-        seed_with(self.seed, "listen")
-        return share_right(timed_clips(stage, model, self.vae, label, default_steps(stage, self.cfg), self.cfg)[0], label)
-
-    # ---- checkpoints --------------------------------------------------------------------------
     def train(self, stage):
-        """Train one stage, save its model, and forget its partial checkpoint."""
         if stage != "vae":
-            self.bank                                                # before seeding: it builds a VAE, from random weights
-        seed_with(self.seed, stage, "start")                         # for the first weights
-        self.save(stage, ".pt", None, model=TRAIN[stage](self, stage))
-        self.path(stage, ".partial.pt").unlink(missing_ok=True)
-
-    def path(self, stage, ending):
-        return self.folder / (stage + ending)
-
-    def save(self, stage, ending, step, **parts):
-        """Write a checkpoint: a finished stage's model (".pt"), or all that is needed to go on (".partial.pt")."""
-        buffer = io.BytesIO()
-        torch.save(dict(config=dataclasses.asdict(self.cfg), seed=self.seed, step=step,
-                        parts={name: part.state_dict() for name, part in parts.items()}), buffer)
-        write_file(self.path(stage, ending), buffer.getvalue())
-
-    def read(self, stage, ending, **parts):
-        """Read a checkpoint into `parts`; returns its step. Never runs code from the file."""
-        path, again = self.path(stage, ending), f"run `python presto.py train --out {self.folder}`"
+            _ = self.latents  # before seeding, because loading the VAE draws random weights
+        seed_with(self.seed, stage, "start")
         try:
-            with zipfile.ZipFile(path) as archive:                   # torch's files are zips, with a sum for each part
+            self.save(stage, "done", model=TRAIN[stage](self))
+        except FloatingPointError as error:
+            raise UserError(f"{stage}, update {self.update}: {error}; lower its learning rate, and "
+                            f"train again with --stage {stage}")
+    def load(self, stage):
+        if self.cfg is None:
+            self.read(stage)
+        model = VAE(self.cfg) if stage == "vae" else Denoiser(self.cfg)
+        self.read(stage, model=model)
+        return model.to(self.device).eval().requires_grad_(False)
+    def save(self, stage, update, **state):
+        state = {name: part.state_dict() for name, part in state.items()}
+        buffer = io.BytesIO()
+        torch.save({"facts": self.facts(), "update": update, "state": state}, buffer)
+        write_file(self.path(stage), buffer.getvalue())
+
+    def read(self, stage, **state):
+        """Read a checkpoint into the modules and optimizers of `state`; returns its content. A run
+        without settings takes those of the checkpoint. One with other settings, up to this
+        stage's, is refused. No code in a checkpoint is ever run."""
+        path, fields = self.path(stage), dataclasses.fields(Config)
+        again = f"python presto.py train --out {self.folder}"
+        if not path.exists():
+            raise UserError(f"{path} does not exist: train it with `{again}`")
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch writes zip files, with checksums
                 if archive.testzip():
                     raise zipfile.BadZipFile
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            for name, part in parts.items():
-                part.load_state_dict(saved["parts"][name])
-            if self.differs(saved["config"], saved["seed"], STAGES[: STAGES.index(stage) + 1]):   # its own knobs, and those before
-                raise ValueError
-            return saved["step"]
-        except FileNotFoundError:
-            raise Trouble(f"{path} does not exist: {again} first")
-        except OSError as error:
-            raise Trouble(f"cannot read {path}: {error.strerror}")
-        except Exception:                                            # zip, zlib, pickle, torch: damage has many names
-            raise Trouble(f"{path} is damaged, or not a checkpoint of this run's config: delete it and {again} again")
+            theirs = saved["facts"]
+            if self.cfg is None:
+                self.cfg = Config(**{field.name: theirs[field.name] for field in fields})
+                self.seed = theirs["seed"]
+            later = STAGES[STAGES.index(stage) + 1:]
+            may_differ = [field.name for field in fields if field.metadata["stage"] in later]
+            changed = [f"{name} ({theirs[name]} there, {value} here)"
+                       for name, value in self.facts().items()
+                       if theirs[name] != value and name not in may_differ]
+            if not changed:
+                for name, part in state.items():
+                    part.load_state_dict(saved["state"][name])
+        except Exception as error:  # zipfile, zlib, pickle and torch name damage differently
+            raise UserError(f"{path} is damaged, unfinished, or of another version of this file: "
+                            f"train it again with `{again} --stage {stage}`") from error
+        if changed:
+            raise UserError(f"{path} was trained with other settings: {'; '.join(changed)}. Choose "
+                            "another --out, or train again with an earlier --stage")
+        return saved
 
-    def load(self, stage):
-        """A finished stage's model, frozen, on this run's device."""
-        model = self.place(VAE(self.cfg) if stage == "vae" else Denoiser(self.cfg))
-        self.read(stage, ".pt", model=model)
-        return model.eval().requires_grad_(False)
-
-    def place(self, model):
-        """A model on this run's device, compiled if that was asked for."""
-        if self.compile:
-            model.compile()
-        return model.to(self.device)
-
-
-# ================================================================================================
-# Part 9. The command line
-# ================================================================================================
-
-
+TRAIN = {"vae": train_vae, "teacher": train_teacher, "presto-l": train_presto_l,
+         "presto-s": functools.partial(train_student, stage="presto-s"),
+         "presto-ls": functools.partial(train_student, stage="presto-ls")}
 def pick_device(name):
-    """The device called `name`; auto takes cuda, then mps, then cpu."""
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name not in ("auto", *here):
-        raise Trouble(f"--device {name}: not on this machine, which has {', '.join(here)}")
-    return torch.device(here[0] if name == "auto" else name)
-
-
-def check_config(cfg):
-    """Raise Trouble for values that contradict each other."""
-    for wrong, why in (
-            (cfg.width % 4 or cfg.width % cfg.heads, f"--width {cfg.width} must be a multiple of 4, and of --heads {cfg.heads}"),
-            (cfg.stride % 2 or toy_data.CLIP_SAMPLES % cfg.stride or cfg.frames < 8,
-             f"--stride {cfg.stride} must be even, and cut a clip's {toy_data.CLIP_SAMPLES} samples into 8 frames or more"),
-            (cfg.sigma_min >= cfg.sigma_max, f"--sigma_min {cfg.sigma_min} must be below --sigma_max {cfg.sigma_max}")):
-        if wrong:
-            raise Trouble(why)
-
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name} is not on this machine; cpu always is")
 
 def command_train(args):
-    if args.fresh and args.stage:
-        raise Trouble("--fresh trains every stage anew, --stage some of them: choose one")
-    if args.stage and STAGES.index(args.until) < STAGES.index(args.stage):
-        raise Trouble(f"--until {args.until} comes before --stage {args.stage}")
-    device = pick_device(args.device)
-    preset = args.preset if args.preset != "auto" else "gpu" if device.type == "cuda" else "cpu"
-    cfg = Config(**PRESETS[preset] | {name: value for name, value in vars(args).items() if name in Config.__dataclass_fields__})
-    check_config(cfg)
-    run = Run(args.out, cfg, args.seed, device, args.save_every, args.compile)
-    run.open(args.stage, args.fresh)
-
-    def stop(number, _):                                             # Run.steps sees it between two steps
-        run.stop = signal.Signals(number)
-        signal.signal(number, signal.SIG_DFL)                        # a second one ends it at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-
+    device, preset = pick_device(args.device), args.preset
+    if preset == "auto":
+        preset = "gpu" if device.type == "cuda" else "cpu"
+    chosen = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
+    run = Run(args.out, device, Config(**PRESETS[preset] | chosen), args.seed, args.save_every)
+    again = STAGES[STAGES.index(args.stage):] if args.stage else []
+    found = [stage for stage in STAGES if run.path(stage).exists()]
+    for stage in found:  # those of `again` come last: all others are sound before one is deleted
+        if stage in again:
+            run.path(stage).unlink()
+        else:
+            run.read(stage)
     start = time.monotonic()
-    print(f"Training Presto! with the {preset} preset on {device}, seed {args.seed}, into {run.folder}", flush=True)
-    for stage in STAGES[: STAGES.index(args.until) + 1]:
-        if run.path(stage, ".pt").exists():
+    print(f"Training with the preset {preset} on {device}, seed {args.seed}, into {run.folder}")
+    for stage in STAGES[:STAGES.index(args.until) + 1]:
+        if run.is_done(stage):
             print(f"{stage:9}: done before")
-            continue
-        try:
+        else:
             run.train(stage)
-        except KeyboardInterrupt:
-            hint = " without --stage and --fresh, which start again" * bool(args.stage or args.fresh)
-            print(f"\n{run.stop.name}: stopped and saved at {run.where}. To go on, run the same command{hint}.", file=sys.stderr)
-            return 128 + run.stop
-        except Diverged as trouble:
-            raise Trouble(f"{run.where}: {trouble}; most likely its learning rate is too high. The stages before it are kept: "
-                          f"lower it, and train again with --stage {stage}")
-    after = f"sample --steps 4 --run {run.folder}" if args.until == STAGES[-1] else f"train --out {run.folder}, for the stages after"
-    print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes. Now: python presto.py {after}")
-
+    minutes = (time.monotonic() - start) / 60
+    print(f"Done in {minutes:.1f} minutes. Next: python presto.py sample --run {run.folder}")
 
 def command_sample(args):
-    try:
-        labels = toy_data.parse_prompt(args.prompt)
-    except ValueError as error:
-        raise Trouble(str(error))
-    run = Run.existing(args.run, pick_device(args.device))
-    out = pathlib.Path(args.out)
-    steps = args.steps or default_steps(args.model, run.cfg)
+    run = Run(args.run, pick_device(args.device))
     model, vae = run.load(args.model), run.vae
-    timed_clips(args.model, model, vae, torch.tensor(labels[:1]), steps, run.cfg)   # warm-up: the first is timed as the rest
-    print(f"{args.model}, {steps} steps, seed {args.seed}\n{'file':20}{'asked':13}{'heard':13}{'cents':>5}{'tonal':>7}")
-    right, times, shown = 0, [], {}
-    for label in labels:
-        asked = toy_data.PROMPTS[label]
-        for index in range(args.count):
-            seed_with(args.seed, label, index)
-            wave, *seconds = timed_clips(args.model, model, vae, torch.tensor([label]), steps, run.cfg)
-            peak = wave.abs().max().item()
-            wave = wave / max(peak, 1.0)
-            heard = toy_data.listen(wave)
-            ok = toy_data.is_right(heard, torch.tensor([label]))[0].item()
-            name = f"{asked.replace(' ', '-')}-{index:03d}.wav"
-            write_file(out / name, toy_data.wav_bytes(wave[0]))
-            print(f"{name:20}{asked:13}{toy_data.describe(heard):13}{heard['cents'].item():+5.0f}{heard['tonal'].item():7.2f}"
-                  f"  {'right' if ok else 'WRONG'}" + f"  (peak {peak:.2f}, turned down so as not to clip)" * (peak > 1))
-            if index < 4:                                            # a page of thousands would not open
-                shown.setdefault(asked, []).append((name, wave[0]))
-            right += ok
-            times.append(seconds)
-    network, decoder = (1000 * statistics.median(column) for column in zip(*times))
-    summary = (f"{right} of {len(times)} right. A clip takes {network + decoder:.1f} ms (median; network {network:.1f}, decoder "
-               f"{decoder:.1f}): {1000 * CLIP_SECONDS / (network + decoder):.0f} times real time on {run.device}.")
-    write_file(out / "index.html", toy_data.page(f"{args.model}, {steps} steps", summary, [], shown).encode())
-    print(f"{summary}\nTo see and hear them: {out / 'index.html'}")
-
+    world, folder = run.cfg.world, pathlib.Path(args.out)
+    try:
+        labels = toy_data.parse_prompt(args.prompt, world.PROMPTS)
+    except ValueError as error:
+        raise UserError(str(error))
+    steps = args.steps or (4 if args.model in STUDENTS else run.cfg.teacher_steps)
+    summary, correct, groups = f"{args.model}, {steps} steps", [], {}
+    for label, index in itertools.product(labels, range(args.count)):
+        seed_with(args.seed, label, index)
+        prompt, one = world.PROMPTS[label], torch.tensor([label])
+        wave, _ = make_clips(args.model, model, vae, one, steps, run.cfg)
+        wave = wave / wave.abs().max().clamp_min(1)  # turned down, rather than clipped
+        name = f"{prompt.replace(' ', '-')}-{index:03d}.wav"
+        write_file(folder / name, toy_data.wav_bytes(wave[0], world.SAMPLE_RATE))
+        groups.setdefault(prompt, []).append((name, wave[0]))
+        heard = f"heard: {world.describe(wave)[0]}" if hasattr(world, "describe") else ""
+        if hasattr(world, "is_correct"):
+            correct.append(world.is_correct(wave, one).item())
+            heard += "" if correct[-1] else "  WRONG"
+        print(f"{name:22}{heard}")
+    if correct:
+        summary += f": {sum(correct)} of {len(correct)} clips are what was asked for"
+    page = toy_data.page("Presto! samples", summary, [], [], groups, world.SAMPLE_RATE)
+    write_file(folder / "index.html", page.encode())
+    print(f"{summary}\nTo see and hear them: {folder / 'index.html'}")
 
 @torch.inference_mode()
 def command_eval(args):
-    """The paper's table in miniature: every model of a run against real clips, and what each costs."""
-    run = Run.existing(args.run, pick_device(args.device))
-    cfg, vae, full = run.cfg, run.vae, run.cfg.teacher_sampling_steps
-    label = torch.arange(NUM_CLASSES).repeat(args.count)
-
-    def real(name):
-        seed_with(args.seed, name)
-        return toy_data.make_batch(len(label), labels=label)[0]
-
-    reference, other = toy_data.embed(real("reference")), real("other")
-    clips = {"real": other,                                          # the floor, and the ceiling of anything decoded
-             "VAE": torch.cat([vae.decode(vae.encode(w.to(run.device))).cpu() for w in other.split(NUM_CLASSES)])}
-    rows = {title: toy_data.score(wave, label, reference) for title, wave in clips.items()}
-
-    wanted = [("teacher", n, cfg.cfg_scale) for n in sorted({4, 8, 16, 32, full})]
-    wanted += [("teacher", full, 1.0)] * (cfg.cfg_scale != 1)
-    wanted += [("presto-l", full, cfg.cfg_scale)]
-    wanted += [(name, n, None) for name in ("undistilled", "presto-s", "presto-ls") for n in (1, 2, 3, 4, 6, 8, 16)]
-    models = {name: run.load(name) for name in STAGES[1:] if name in ("teacher", args.model) or args.model == "all"}
-    models["undistilled"] = models["teacher"]
-    known_as = {} if cfg.shift or cfg.budget_embedding or cfg.self_teacher else {"presto-l": "ase"}
-    timed = functools.cache(timed_median)                            # for the saturated teacher is a row, too
-    saturated = timed("teacher", models["teacher"], vae, full, cfg)
-    for name, steps, scale in tqdm([w for w in wanted if args.model in ("all", w[0])], desc="eval", unit="row"):
-        c = cfg if scale is None else dataclasses.replace(cfg, cfg_scale=scale)
-        seed_with(args.seed, "noise")                                # the same for every row
-        waves, *seconds = zip(*(timed_clips(name, models[name], vae, part, steps, c) for part in label.split(NUM_CLASSES)))
-        network, decoder = timed(name, models[name], vae, steps, c)
-        passes, blocks = cost(name, steps, cfg)
-        title = f"{known_as.get(name, name)}, {steps} step{'s' * (steps > 1)}" + ("" if scale is None else f", w = {scale:g}")
+    run = Run(args.run, pick_device(args.device))
+    stages = [stage for stage in STAGES[1:] if run.path(stage).exists()] or ["teacher"]
+    run.read(stages[-1])
+    cfg, vae, world = run.cfg, run.vae, run.cfg.world
+    classes, full = len(world.PROMPTS), cfg.teacher_steps
+    label, rng = torch.arange(classes).repeat(args.count), torch.Generator().manual_seed(args.seed)
+    reference = toy_data.Reference(world, world.make_batch(len(label), rng, label)[0], label)
+    real, _ = world.make_batch(len(label), rng, label)
+    x_real = torch.cat([vae.encode(part.to(run.device)) for part in real.split(classes)])
+    clips = {"real": real, "VAE": torch.cat([vae.decode(x).cpu() for x in x_real.split(classes)])}
+    rows = {title: toy_data.score(world, wave, label, reference) for title, wave in clips.items()}
+    models = {stage: run.load(stage) for stage in stages}
+    models["re-noised"] = models["teacher"]
+    first = f"teacher, {full} steps, w = {cfg.w:g}"  # the row to which speed is compared
+    wanted = [("teacher", full, cfg.w), ("teacher", full, 1.0), ("presto-l", full, cfg.w)]
+    wanted += [("teacher", steps, cfg.w) for steps in (4, 8, 32) if steps != full]
+    wanted += [(name, steps, None) for name in STUDENTS for steps in (1, 2, 4, 8, 16)]
+    for name, steps, w in tqdm([row for row in wanted if row[0] in models], desc="eval"):
+        title = f"{name}, {steps} steps" + (f", w = {w:g}" if w else "")
+        make = functools.partial(make_clips, name, models[name], vae, steps=steps,
+                                 cfg=dataclasses.replace(cfg, w=w or cfg.w))
+        alone = [make(label=label[:1])[1] for _ in range(23)]  # the first three are a warm-up
+        seed_with(args.seed, "noise")  # the same noise for every row
+        waves, seconds = zip(*[make(label=part) for part in label.split(classes)])
         clips[title] = torch.cat(waves)
-        rows[title] = dict(
-            toy_data.score(clips[title], label, reference), passes=passes, blocks=blocks, network_ms=1000 * network,
-            decoder_ms=1000 * decoder, real_time=CLIP_SECONDS / (network + decoder), speedup=sum(saturated) / (network + decoder),
-            batch_ms=1000 * statistics.median(map(sum, zip(*seconds))) / NUM_CLASSES)
+        row = rows[title] = toy_data.score(world, clips[title], label, reference)
+        row["ms"] = 1000 * statistics.median(alone[3:])
+        row["batch_ms"] = 1000 * statistics.median(seconds) / classes
+        row["speedup"] = rows[first]["ms"] / row["ms"]
+    spread, fractions = {}, {"presto-l": cfg.fractions, "presto-ls": cfg.fractions_ls}
+    for stage, sigma in itertools.product(stages, rho_schedule(torch.linspace(0, 0.7, 8), cfg)):
+        denoise = with_budget(models[stage], fractions.get(stage), cfg)
+        ratio = spread_by_level(denoise, x_real, label.to(run.device), sigma.to(run.device))
+        spread.setdefault(stage, []).append((sigma.item(), ratio))
+    note = (f"{len(label)} clips per row, evaluation seed {args.seed}. ms, speed: one clip at a "
+            f"time, over the teacher's {full} steps. batch: ms per clip, {classes} at a time.")
+    text, page = toy_data.report(world, f"Presto! {run.folder}", note, rows, spread, clips)
+    figures = json.dumps({"rows": rows, "spread": spread, "seed": args.seed}, indent=1)
+    write_file(run.folder / "eval.json", figures.encode())
+    write_file(run.folder / "report.html", page.encode())
+    print(f"{text}\nTo see and hear it: {run.folder / 'report.html'}")
 
-    table = toy_data.table(rows)
-    print(toy_data.aligned(table))
-    floor = [toy_data.score(real(draw), label, reference) for draw in range(4)]
-    floor = {c: (min(f[c] for f in floor), max(f[c] for f in floor)) for c in floor[0]}
-    note = (f"{len(label)} clips a row, seed {args.seed}. Speed-up: one clip at a time, over the teacher at {full} steps; batch_ms: "
-            f"milliseconds a clip, {NUM_CLASSES} at a time. Real against real, four draws: "
-            + ", ".join(f"{c} {low:.2f} to {high:.2f}" for c, (low, high) in floor.items()))
-    print(note)
-    if "presto-l" in models:                                         # Presto-L's lesson: what does the output layer get to see?
-        sigma = rho_schedule(torch.tensor(0.05), cfg).to(run.device)
-        x, c = vae.encode(other[:NUM_CLASSES].to(run.device)), label[:NUM_CLASSES].to(run.device)
-        for name, budget in (("teacher", cfg.depth), ("presto-l", cfg.depth), ("presto-l", budget_at(sigma, cfg.budgets, cfg))):
-            variances = hidden_variances(models[name], add_noise(x, sigma), sigma, c, budget)
-            print(f"Hidden variance after each block at sigma {sigma:.0f}, {known_as.get(name, name)} with {budget} of {cfg.depth} blocks: "
-                  + ", ".join(f"{v:.2f}" for v in variances))
-    part = "" if args.model == "all" else "-" + args.model           # beside the whole table, not over it
-    write_file(run.folder / f"eval{part}.json", json.dumps(dict(rows=rows, floor=floor, count=args.count), indent=1).encode())
-    shown = {p: toy_data.parse_prompt(p)[0] for p in ("A3 sine", "C4 organ", "E4 square", "G4 saw")}
-    write_file(run.folder / f"report{part}.html", toy_data.page(
-        f"Presto! on tones: {run.folder.name}", note, table,
-        {p: [(title, wave[i]) for title, wave in clips.items()] for p, i in shown.items()}).encode())
-    print(f"To see and hear it: {run.folder / f'report{part}.html'}")
+def positive(text):  # argparse's type for a whole number from 1
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise Trouble(f"{message} (see `{self.prog} -h`)")
-
-
-def parse_as(kind, low, high):
-    """An argparse type for one Config field or option, which says what it would have accepted."""
-    read, wanted = {bool: (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
-                    tuple: (lambda text: tuple(map(float, text.split(","))), f"numbers from {low} to {high} with commas between"),
-                    int: (int, f"a whole number from {low:g} to {high:g}"),
-                    float: (float, f"a number from {low:g} to {high:g}")}[kind]
-
-    def parse(text):
-        with contextlib.suppress(KeyError, ValueError):
-            value = read(text)
-            if all(low <= v <= high for v in (value if kind is tuple else [value])):
-                return value
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted}")
-    return parse
-
+def shares(text):  # argparse's type for a list, such as [1, 0.5]
+    return tuple(float(share) for share in json.loads(text))
 
 def make_parser():
-    parser = Parser("presto.py", description=__doc__.partition("An unofficial")[0].strip(), allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", metavar="train | sample | eval")
-
-    def command(name, function, help, description, folder):
-        sub = commands.add_parser(name, usage=f"presto.py {name} [options]", allow_abbrev=False, help=help, description=description)
-        sub.add_argument("--seed", default=0, type=parse_as(int, 0, 2**31), help="the same seed gives the same bytes (default 0)")
-        sub.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first of these that is there)")
-        sub.add_argument(folder, default="runs/presto", help="the run's folder (default %(default)s)")
+    parser = argparse.ArgumentParser("presto.py", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, prog="presto.py")
+    def command(name, function, folder, help):
+        sub = commands.add_parser(name, usage=f"presto.py {name} [options]", help=help,
+                                  allow_abbrev=False)
         sub.set_defaults(function=function)
-        return sub
-
-    sub = command("train", command_train, "train all stages, or go on where a run stopped",
-                  "Train VAE, teacher, Presto-L, Presto-S and Presto-LS, in this order. Run it again to go on where it "
-                  "stopped. Watch `right`, the share of sampled clips that sound as asked: the losses of the last two "
-                  "stages only oscillate.", "--out")
-    sub.add_argument("--preset", default="auto", choices=["auto", *PRESETS], help="auto: gpu on cuda, else cpu; tiny is for tests")
-    sub.add_argument("--stage", choices=STAGES, help="train again from this stage on")
-    sub.add_argument("--until", choices=STAGES, default=STAGES[-1], help="train no further than this stage (default %(default)s)")
-    sub.add_argument("--fresh", action="store_true", help="forget what the folder holds and start anew")
-    sub.add_argument("--compile", action="store_true", help="torch.compile the denoisers: needs a C++ compiler")
-    sub.add_argument("--save_every", default=60.0, type=parse_as(float, 0, 1e9), help="seconds between checkpoints (default 60)")
-    group = sub.add_argument_group("config", "the method's numbers and their reasons; the defaults shown are the cpu preset's")
-    for field in dataclasses.fields(Config):
-        default, why = ",".join(map(str, field.default)) if field.type is tuple else field.default, field.metadata["why"]
-        kind = str if field.type is str else parse_as(field.type, field.metadata["low"], field.metadata["high"])
-        group.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS, choices=field.metadata["choices"], metavar=field.type.__name__,
-                           help=f"{why} (default {default})".replace("%", "%%"))
-
-    sub = command("sample", command_sample, "write clips, and say what is heard in them",
-                  "Write WAV files named by prompt; print for each what was asked and what is heard.", "--run")
-    sub.add_argument("--steps", type=parse_as(int, 1, 1000), help="denoising steps (default 4; for a teacher, its own number)")
-    sub.add_argument("--model", default="presto-ls", choices=STAGES[1:], help="which of the run's models (default %(default)s)")
-    sub.add_argument("--prompt", default="all", help='a pitch and a timbre, such as "A3 saw", or all (default)')
-    sub.add_argument("--count", default=1, type=parse_as(int, 1, 1000), help="clips a prompt (default 1)")
-    sub.add_argument("--out", default="samples", help="where the WAVs go (default %(default)s)")
-
-    sub = command("eval", command_eval, "measure every model of a run: one table, and a page to hear and see it",
-                  "Print the paper's table in miniature, and write it as eval.json and report.html into the run's folder.", "--run")
-    sub.add_argument("--count", default=16, type=parse_as(int, 2, 1000), help="clips of each of the 48 classes (default 16)")
-    sub.add_argument("--model", default="all", choices=["all", "undistilled", *STAGES[1:]], help="only this model's rows (default all)")
-    parser.set_defaults(function=lambda args: parser.print_help())   # no command: each command's own comes first
+        sub.add_argument(folder, default="runs/presto", help="the run's folder (%(default)s)")
+        sub.add_argument("--seed", type=int, default=0, help="same seed, same bytes (0)")
+        sub.add_argument("--device", default="auto", help="cuda, mps or cpu (cuda if there is one)")
+        return sub.add_argument
+    option = command("train", command_train, "--out", "train, or go on after an interruption")
+    option("--preset", default="auto", choices=["auto", *PRESETS], help="auto: gpu on cuda, or cpu")
+    option("--stage", choices=STAGES, help="train again from this stage on")
+    option("--until", choices=STAGES, default=STAGES[-1], help="stop after this stage")
+    option("--save_every", type=float, default=60, help="seconds between saves (60)")
+    for field in dataclasses.fields(Config):  # every setting is an option
+        kind = {bool: json.loads, tuple: shares}.get(field.type, field.type)
+        help = f"{field.metadata['help']} ({str(field.default).strip('()')})"
+        option(f"--{field.name}", type=kind, metavar=field.type.__name__, help=help,
+               choices=field.metadata["choices"], default=argparse.SUPPRESS)
+    option = command("sample", command_sample, "--run", "write clips, and say what is heard")
+    option("--steps", type=positive, help="sampling steps (students: 4)")
+    option("--model", default="presto-ls", choices=STAGES[1:], help="(%(default)s)")
+    option("--prompt", default="all", help="the name of a class, or all (all)")
+    option("--count", type=positive, default=1, help="clips per prompt (1)")
+    option("--out", default="samples", help="folder for the WAVs (%(default)s)")
+    option = command("eval", command_eval, "--run", "measure every model: a table and a page")
+    option("--count", type=positive, default=16, help="clips per class (16)")
     return parser
 
-
 def main(arguments=None):
-    """Run one command; returns the exit status. Trouble becomes one line on stderr and status 2."""
-    parser = make_parser()
     try:
-        args, unknown = parser.parse_known_args(arguments)
-        if unknown:
-            knobs = list(Config.__dataclass_fields__) if args.command == "train" else []
-            options = ["--" + name for name in {*vars(args), *knobs} - {"command", "function"}]
-            near = "".join(f"did you mean {o}? " for o in difflib.get_close_matches(unknown[0][:40], options, 1))
-            raise Trouble(f"unknown {unknown[0][:40]!r}: {near}See `presto.py {args.command or 'train'} -h`")
-        return args.function(args) or 0
-    except Trouble as trouble:
-        print(f"presto.py: {trouble}", file=sys.stderr)
+        args = make_parser().parse_args(arguments)
+        args.function(args)
+        return 0
+    except (UserError, ImportError) as error:
+        print(f"presto.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\npresto.py: interrupted", file=sys.stderr)
+        print("\nInterrupted. The same command goes on from the last save.", file=sys.stderr)
         return 130
-
-
 if __name__ == "__main__":
     sys.exit(main())
