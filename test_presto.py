@@ -22,7 +22,6 @@ import torch.nn.functional as F
 
 import presto
 import toy_data
-
 CFG = presto.Config(**presto.PRESETS["tiny"])
 NULL, LABELS = len(toy_data.PROMPTS), torch.arange(6) * 7  # labels of a batch of six
 SHAPE = (6, CFG.latent_channels, CFG.frames)
@@ -126,7 +125,7 @@ class Bench:
         calls = [dict(call, name=names_of.get(id(call["module"]), "real")) for call in self.calls]
         return [call for call in calls if call["name"] in names]
 
-TOY = with_(w=1.0, teacher_updates=200, teacher_lr=1e-2, ema=0.95, batch=32)
+TOY = with_(w=1.0, teacher_updates=200, teacher_lr=1e-2, ema=0.95, batch=32, student_batch=32)
 
 @pytest.fixture(scope="module")
 def teacher():
@@ -383,8 +382,8 @@ def test_the_training_set_is_real_clips_of_which_a_share_has_a_random_label():
 
 # ---- Part 5. Presto-L ---------------------------------------------------------------------------
 def test_the_budget_falls_as_the_noise_grows_as_in_ases_table():
-    expected = [28, 28, 24, 24, 20, 20, 16, 16, 12, 12]  # published
-    cfg, fractions = with_(depth=28), [blocks / 28 for blocks in expected]
+    cfg, expected = with_(depth=28), [28, 28, 24, 24, 20, 20, 16, 16, 12, 12]  # published
+    fractions = [blocks / 28 for blocks in expected]
     middles = presto.rho_schedule(1 - (torch.arange(10) + 0.5) / 10, cfg)
     assert presto.budget_at(middles, fractions, cfg).tolist() == expected
     assert presto.budget_at(middles[9], fractions, cfg) == 12
@@ -462,12 +461,12 @@ def test_each_of_the_four_noise_distributions_is_used_in_its_own_place(where):
     assert all(set(seen) == {place == where} for place, seen in places.items())
 
 def test_the_generator_sees_noised_real_latents_and_a_guided_score():
-    bench, null = student_bench(p_gen="discrete"), [NULL] * CFG.batch
+    bench, null = student_bench(p_gen="discrete"), [NULL] * CFG.student_batch
     for call, (x_real, label) in zip(bench.calls_of("generator"), bench.drawn):
         noise = (call["x"] - x_real) / call["sigma"][:, None, None]
         assert noise.std().item() == approx(1, abs=0.15) and torch.equal(call["label"], label)
         assert torch.isin(call["sigma"], presto.student_sigmas(4, CFG)).all()
-    assert all(call["label"].tolist()[CFG.batch :] == null for call in bench.calls_of("real"))
+    assert all(call["label"].tolist()[len(null) :] == null for call in bench.calls_of("real"))
 
 def test_the_fake_score_alone_is_told_the_generators_level_if_so_chosen():
     bench, level, given = student_bench(), None, []
@@ -608,8 +607,8 @@ def test_eval_measures_every_model_with_its_own_layers_on_the_same_noise(folder,
     quality = {title: [row[f] for f in ("fd", "mmd", "haze")] for title, row in rows.items()}
     assert rows["real"]["accuracy"] == 1 and 0.5 < rows["real"]["coverage"] < 1
     assert quality["re-noised, 4 steps"] == quality["presto-s, 4 steps"]
-    assert quality["teacher, 4 steps, w = 1"] != quality["teacher, 4 steps, w = 2"]
-    plain, guided = (rows[f"teacher, 4 steps, w = {w}"] for w in (1, 2))
+    assert quality["teacher, 4 steps, w = 1"] != quality["teacher, 4 steps, w = 1.5"]
+    plain, guided = (rows[f"teacher, 4 steps, w = {w}"] for w in (1, 1.5))
     assert guided["speedup"] == 1 and plain["speedup"] == approx(guided["ms"] / plain["ms"])
 
 BURSTS = '''
