@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 import presto
 import toy_data
+
 CFG = presto.Config(**presto.PRESETS["tiny"])
 NULL, LABELS = len(toy_data.PROMPTS), torch.arange(6) * 7  # labels of a batch of six
 SHAPE = (6, CFG.latent_channels, CFG.frames)
@@ -386,7 +387,6 @@ def test_the_budget_falls_as_the_noise_grows_as_in_ases_table():
     fractions = [blocks / 28 for blocks in expected]
     middles = presto.rho_schedule(1 - (torch.arange(10) + 0.5) / 10, cfg)
     assert presto.budget_at(middles, fractions, cfg).tolist() == expected
-    assert presto.budget_at(middles[9], fractions, cfg) == 12
     on_edges = presto.rho_schedule(torch.arange(1, 10) / 10, cfg)  # the noisier bin decides
     assert presto.budget_at(on_edges, fractions, cfg).tolist() == expected[:0:-1]
     assert presto.budget_at(torch.tensor(80.0), (1, 0.01), CFG) == 1  # never none
