@@ -795,8 +795,8 @@ class Run:
             raise UserError(f"{stage}, update {self.update}: {error}; lower its learning rate, and "
                             f"train again with --stage {stage}")
     def load(self, stage):
-        if self.cfg is None:
-            self.read(stage)
+        if self.read(stage)["update"] != "done":
+            raise UserError(f"{self.path(stage)} is unfinished: train --out {self.folder}")
         model = VAE(self.cfg) if stage == "vae" else Denoiser(self.cfg)
         self.read(stage, model=model)
         return model.to(self.device).eval().requires_grad_(False)
@@ -832,7 +832,7 @@ class Run:
                 for name, part in state.items():
                     part.load_state_dict(saved["state"][name])
         except Exception as error:  # zipfile, zlib, pickle and torch name damage differently
-            raise UserError(f"{path} is damaged, unfinished, or of another version of this file: "
+            raise UserError(f"{path} is damaged, or of another version of this file: "
                             f"train it again with `{again} --stage {stage}`") from error
         if changed:
             raise UserError(f"{path} was trained with other settings: {'; '.join(changed)}. Choose "
