@@ -11,7 +11,7 @@ no code. Where the public record of the paper is silent, a comment says "our rea
 in the paper at all is tagged "ours".
 
 READING ORDER (it is also the order of execution)
-    Part 0  Config      every setting, with its reason
+    Part 0  Config      every setting
     Part 1  VAE         waveform <-> latents                           Kingma & Welling 2014
     Part 2  DiT         the network, with blocks that can be skipped   Peebles & Xie 2023
     Part 3  EDM         noise, preconditioning, guidance, sampler      Karras et al. 2022
@@ -46,14 +46,14 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
 
     1  Real latents are noised, at a level drawn from p_gen.
     2  The generator denoises them in one call. Its answer x_gen should look like a real latent.
-    3  x_gen is noised again, at a level drawn from p_dmd.
+    3  x_gen is noised again, at a level from p_dmd, because denoisers know only noised latents.
     4  Two denoisers look at it. real_score knows the real data; fake_score knows what the
        generator makes. Their difference points from generated to real: the generator follows it.
     5  x_gen is noised at a level drawn from p_dsm,
     6  and fake_score learns to denoise it. So it keeps up with the generator.
     7  x_gen and x_real are noised at a level drawn from p_gan,
     8  and the head learns to tell them apart. The generator learns to deceive it.
-    Steps 5 to 8 train fake_score and head five times; then 3, 4, 7, 8 train the generator once.
+    An update: 1, 2, 5 to 8 five times (fake_score, head), then 1 to 4, 7, 8 once (generator).
 """
 
 import argparse
@@ -173,7 +173,7 @@ PRESETS = {
     "cpu": {},
     "gpu": {"vae_width": 384, "vae_updates": 20000, "vae_batch": 64, "width": 384, "depth": 12,
             "num_heads": 6, "clips": 65536, "teacher_updates": 20000, "batch": 256, "ema": 0.9995,
-            "teacher_lr": 5e-4, "layer_updates": 4000, "student_batch": 64, "generator_lr": 1e-4},
+            "teacher_lr": 5e-4, "layer_updates": 4000, "student_batch": 64},
     "tiny": {"latent_channels": 4, "vae_width": 16, "vae_blocks": 1, "vae_updates": 4, "clips": 64,
              "vae_batch": 4, "width": 16, "depth": 4, "num_heads": 2, "batch": 8,
              "student_batch": 4, "teacher_updates": 4, "layer_updates": 3, "student_updates": 2,
@@ -295,7 +295,7 @@ class DiT(nn.Module):
     computed, and each sample keeps what its budget allows (training mixes noise levels)."""
     def __init__(self, cfg):
         super().__init__()
-        self.depth, self.keep_last, self.told = cfg.depth, cfg.keep_last, cfg.budget_embedding
+        self.depth, self.keep_last, self.tell = cfg.depth, cfg.keep_last, cfg.budget_embedding
         self.inp = nn.Linear(cfg.latent_channels, cfg.width)
         self.position = nn.Parameter(0.02 * torch.randn(cfg.frames, cfg.width))
         self.level = LevelEmbedding(cfg.width)
@@ -314,7 +314,7 @@ class DiT(nn.Module):
 
     def is_active(self, index, budget):
         """Whether block `index` runs: a bool if budget is an int, booleans (batch,) if a tensor.
-        ASE keeps the first blocks. Shifted dropping keeps the last, too (our reading; Part 5)."""
+        At budget 3 of 8, ASE runs blocks 0, 1, 2; shifted dropping runs 0, 1, 7 (our reading)."""
         if budget is None:
             return True
         if self.keep_last:
@@ -323,7 +323,7 @@ class DiT(nn.Module):
 
     def forward(self, x, c_noise, label, budget=None, c_gen=None, return_features=False):
         c = self.level(c_noise) + self.label_table(label)  # (batch, width)
-        if self.told and budget is not None:
+        if self.tell and budget is not None:
             c = c + self.budget_table(torch.as_tensor(budget, device=x.device).reshape(-1))
         if self.gen_level is not None:
             c = c + self.gen_level(c_gen)
@@ -381,7 +381,7 @@ def edm_sigmas(steps, cfg):
 
 def student_sigmas(steps, cfg):
     """The noise levels of the students' sampler (steps,): u = i / (steps + 1) (our reading). EDM's
-    schedule ends at sigma_min, where nothing is left to denoise: a wasted call."""
+    schedule ends at sigma_min: a wasted call. In four steps sigma is 80, 24, 5.8 and 0.97."""
     return rho_schedule(torch.arange(steps) / (steps + 1), cfg)
 
 def draw_sigma(distribution, count, cfg, device):
@@ -404,10 +404,10 @@ def dsm_loss(denoised, target, sigma, cfg):
 
 def guided(denoise, cfg):
     """Classifier-free guidance: a denoiser again. w = 1 is the plain one, and half the cost.
-        mu(x, null) + w * (mu(x, label) - mu(x, null))
-    The difference points to the wanted class. A part of it lies along mu(x, label) itself and only
-    makes a tone louder. Of that part, only the share `parallel` is kept; 1 is the paper's formula
-    (APG, Sadat et al. 2025, arXiv 2410.02416)."""
+        mu(x, label) + (w - 1) * d,    d = mu(x, label) - mu(x, null)
+    d points to the wanted class. Its part along mu(x, label) only makes a tone louder: of that,
+    only the share `parallel` is kept. 1 keeps it all, and is the paper's mu(x, null) + w * d. Less
+    is adaptive projected guidance (APG, Sadat et al. 2025, arXiv 2410.02416)."""
     if cfg.w == 1:
         return denoise
     def denoise_guided(x, sigma, label):
@@ -444,8 +444,8 @@ def sample_heun(denoise, x, sigmas, label):
 #                                        `state`, and after an interruption goes on from there
 #     run.log(model, **values)           shows losses, and now and then the model's accuracy
 def lr_at(i, total, lr):
-    """The learning rate of update i: a short rise, then flat, then a linear fall over 60 %. While
-    it falls, the noise of the small batches leaves the weights: samples become clean."""
+    """The learning rate of update i: a short rise, then flat, then a linear fall over the last
+    60 %. While it falls, the noise of small batches leaves the weights: samples become clean."""
     return lr * min(1, (i + 1) / (0.025 * total), (total - i) / (0.6 * total))
 
 def optimizer_step(loss, optimizer, lr):
@@ -483,7 +483,7 @@ def train_vae(run):
 
 class Latents:
     """The training set: `cfg.clips` real clips, encoded once. Some captions are wrong, as in data
-    from the web (ours). The plain teacher learns these errors, too, and guidance mends them."""
+    from the web (ours). The teacher learns these errors, too. Guidance pushes away from them."""
     def __init__(self, vae, cfg, seed):
         rng = torch.Generator().manual_seed(seed)
         x, label = [], []
@@ -595,8 +595,8 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     A denoiser is a score in disguise: grad log p(x) = (mu(x) - x) / sigma^2 (Tweedie). So fake -
     real is, up to a factor, the gradient of KL(generated || real), both noised. Going down it moves
     x_gen to where real latents are more frequent than generated ones. The KL is a mean over what
-    the generator makes. Hence both scores look at x_gen, never at x_real. They only show a
-    direction, and need not be good in one step. The divisor brings all samples to a like size."""
+    the generator makes. Hence both scores look at x_gen, never at x_real. Both answers are blurs;
+    only their difference is used. The divisor brings all samples to a similar size."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
     fake = fake_score(x, sigma, label)  # 4  (batch, channels, frames)
@@ -604,15 +604,15 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """A loss whose gradient on x_gen is `gradient` (over the number of elements). Its value is the
-    mean of gradient^2 / 2, which need not fall while training works."""
+    """A loss whose gradient on x_gen is `gradient` / number of elements. Its value, the mean of
+    gradient^2 / 2, tells nothing: the target moves with x_gen."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator.
     L_GAN is least squares (paper): the head should take x_gen for real, 1. It reads the fake score,
-    as in DMD2: the teacher does not know the generator's faults. The paper's nu1 would be weaker
-    here, because L_DMD is a mean over the elements of a latent, and there are only 256."""
+    as in DMD2: the teacher does not know the generator's faults. The paper's nu1 is too weak here:
+    each element's share of L_DMD is 1 / 256, in the paper far less. nu2 keeps the ratio to nu1."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -638,10 +638,10 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator starts from Presto-L and drops
     layers. Its scores keep full depth (our reading): they measure, and cost nothing at inference.
-    `tell_level` (ours; off is the paper's loop): one fake score sees the generator's answers to all
-    noise levels mixed. If those to high noise are too dull and those to low noise too loud, the
-    mixture looks right, and DMD goes on pushing both away from the truth: loudness grows. A fake
-    score that is told the level compares the answers at each level by themselves. (Phased DMD,
+    `tell_level` (ours; off is the paper's loop): without it, one fake score sees the generator's
+    answers to all input levels mixed. If those to high noise are too dull, and those to low noise
+    too loud, the mixture looks right, and no answer is pulled back: loudness drifts. Told the
+    generator's sigma, the fake score compares the answers to each level by themselves. (Phased DMD,
     arXiv 2510.27684, has one expert per interval of levels.)"""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
@@ -676,7 +676,7 @@ def train_student(run, stage):
         loss = generator_loss(x_gen, label, real_score, told, head, cfg)  # 3, 4, 7, 8
         optimizer_step(loss, generator_optimizer, lr_at(i, cfg.student_updates, cfg.generator_lr))
         ema.update_parameters(generator_net)
-        # Both losses only oscillate, for they are an equilibrium. Accuracy shows progress.
+        # Both losses only oscillate, because they are an equilibrium. Accuracy shows progress.
         run.log(ema.module, loss=loss, fake=loss_fake)
     return ema.module
 
@@ -684,8 +684,8 @@ def train_student(run, stage):
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat.
     No guidance: the generator learnt from a guided score. x: noise of standard deviation sigmas[0]
-    (batch, channels, frames). Training noised x_real, not what these steps make: a continuous sigma
-    serves any number of steps (paper), and answers that look real are like x_real anyway."""
+    (batch, channels, frames). In training, x_real is noised, not the x0 of an earlier step, which
+    would fix the steps: so any number works (paper). An x0 that looks real is like x_real."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)
@@ -796,7 +796,7 @@ class Run:
                             f"train again with --stage {stage}")
     def load(self, stage):
         if self.read(stage)["update"] != "done":
-            raise UserError(f"{self.path(stage)} is unfinished: train --out {self.folder}")
+            raise UserError(f"{self.path(stage)} is unfinished; go on: train --out {self.folder}")
         model = VAE(self.cfg) if stage == "vae" else Denoiser(self.cfg)
         self.read(stage, model=model)
         return model.to(self.device).eval().requires_grad_(False)
