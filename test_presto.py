@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
 """What is true of the method: each test is a sentence about it. The first shows how to use it."""
-
 import contextlib
 import copy
 import dataclasses
@@ -672,7 +671,7 @@ class Bomb:
     def __reduce__(self):
         return os.mkdir, ("bomb-went-off",)
 
-@pytest.mark.parametrize("how", ["missing", "one bit flipped", "crafted", "a weight less"])
+@pytest.mark.parametrize("how", ["missing", "one bit flipped", "crafted", "weight gone", "unfinished"])
 def test_a_spoilt_checkpoint_gets_one_line_naming_it(folder, tmp_path, capsys, monkeypatch, how):
     monkeypatch.chdir(tmp_path)
     path, saved = folder / "presto-ls.pt", torch.load(folder / "presto-ls.pt")
@@ -681,7 +680,8 @@ def test_a_spoilt_checkpoint_gets_one_line_naming_it(folder, tmp_path, capsys, m
         data[len(data) // 2] ^= 4
         path.write_bytes(data)
     else:
-        del saved["state"]["model"]["net.position"]
+        saved["update"] = 1 if how == "unfinished" else "done"
+        saved["state"]["model"].pop("net.position" if how == "weight gone" else None, None)
         torch.save(Bomb() if how == "crafted" else saved, path)
     if how == "missing":
         path.unlink()
