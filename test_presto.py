@@ -671,7 +671,7 @@ class Bomb:
     def __reduce__(self):
         return os.mkdir, ("bomb-went-off",)
 
-@pytest.mark.parametrize("how", ["missing", "one bit flipped", "crafted", "weight gone", "unfinished"])
+@pytest.mark.parametrize("how", ["missing", "one bit flipped", "crafted", "no weight", "unfinished"])
 def test_a_spoilt_checkpoint_gets_one_line_naming_it(folder, tmp_path, capsys, monkeypatch, how):
     monkeypatch.chdir(tmp_path)
     path, saved = folder / "presto-ls.pt", torch.load(folder / "presto-ls.pt")
@@ -681,7 +681,7 @@ def test_a_spoilt_checkpoint_gets_one_line_naming_it(folder, tmp_path, capsys, m
         path.write_bytes(data)
     else:
         saved["update"] = 1 if how == "unfinished" else "done"
-        saved["state"]["model"].pop("net.position" if how == "weight gone" else None, None)
+        saved["state"]["model"].pop("net.position" if how == "no weight" else None, None)
         torch.save(Bomb() if how == "crafted" else saved, path)
     if how == "missing":
         path.unlink()
