@@ -671,11 +671,11 @@ class Bomb:
     def __reduce__(self):
         return os.mkdir, ("bomb-went-off",)
 
-@pytest.mark.parametrize("how", ["missing", "one bit flipped", "crafted", "no weight", "unfinished"])
+@pytest.mark.parametrize("how", ["missing", "bit flipped", "crafted", "no weight", "unfinished"])
 def test_a_spoilt_checkpoint_gets_one_line_naming_it(folder, tmp_path, capsys, monkeypatch, how):
     monkeypatch.chdir(tmp_path)
     path, saved = folder / "presto-ls.pt", torch.load(folder / "presto-ls.pt")
-    if how == "one bit flipped":
+    if how == "bit flipped":
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 4
         path.write_bytes(data)
