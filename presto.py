@@ -110,7 +110,7 @@ class Config:
     P_mean: float = setting("teacher", -0.3, "mean of ln sigma in training (EDM, for images: -1.2)")
     P_std: float = setting("teacher", 1.4, "standard deviation of ln sigma in training (EDM: 1.2)")
     clips: int = setting("teacher", 16384, "real clips, encoded once: the training set")
-    wrong_captions: float = setting("teacher", 0.1, "share of training clips with a random label")
+    wrong_captions: float = setting("teacher", 0.1, "share of teacher's captions that are wrong")
     teacher_updates: int = setting("teacher", 4500, "updates of the teacher")
     batch: int = setting("teacher", 32, "clips per update of teacher and Presto-L")
     teacher_lr: float = setting("teacher", 1e-3, "learning rate of the teacher")
@@ -183,48 +183,53 @@ PRESETS = {
 # ---- Part 1. VAE: waveform <-> latents -----------------------------------------------------------
 # The first convolution cuts the waveform into frames: at sample rate, all would be 6 times slower.
 class ResidualBlock(nn.Module):
-    """x + conv(a * silu(b)), where a and b are two convolutions of norm(x) (Dauphin et al. 2017).
+    """h + out(a * silu(b)), where a and b are two convolutions of norm(h) (Dauphin et al. 2017).
     A tone is a product: amplitude times harmonics times envelope. A block that can multiply learns
     it much faster. The norm is over channels only: over time it would erase the envelope."""
     def __init__(self, width):
         super().__init__()
         self.norm = nn.RMSNorm(width)
-        self.conv1 = nn.Conv1d(width, 2 * width, 3, padding=1)
-        self.conv2 = nn.Conv1d(width, width, 1)
-        nn.init.zeros_(self.conv2.weight)  # at first, the block is the identity
-        nn.init.zeros_(self.conv2.bias)
+        self.conv = nn.Linear(3 * width, 2 * width)  # of three frames; faster than nn.Conv1d
+        self.out = nn.Linear(width, width)
+        nn.init.zeros_(self.out.weight)  # at first, the block is the identity
+        nn.init.zeros_(self.out.bias)
 
-    def forward(self, x):  # (batch, width, frames)
-        a, b = self.conv1(self.norm(x.mT).mT).chunk(2, dim=1)  # (batch, width, frames) each
-        return x + self.conv2(a * F.silu(b))
+    def forward(self, h):  # (batch, frames, width)
+        padded = F.pad(self.norm(h), (0, 0, 1, 1))  # (batch, frames + 2, width)
+        neighbours = padded.unfold(1, 3, 1).flatten(2)  # (batch, frames, 3 * width)
+        a, b = self.conv(neighbours).chunk(2, dim=-1)  # (batch, frames, width) each
+        return h + self.out(a * F.silu(b))
 
 class VAE(nn.Module):
     """A 1-D convolutional VAE. The rest of the file uses only `encode` and `decode`."""
     def __init__(self, cfg):
         super().__init__()
         w, s = cfg.vae_width, cfg.stride
-        self.encoder = nn.Sequential(
-            nn.Conv1d(1, w, 2 * s, s, padding=s // 2),
-            *[ResidualBlock(w) for _ in range(cfg.vae_blocks)],
-            nn.Conv1d(w, 2 * cfg.latent_channels, 1))
-        self.decoder = nn.Sequential(
-            nn.Conv1d(cfg.latent_channels, w, 1),
-            *[ResidualBlock(w) for _ in range(cfg.vae_blocks)],
-            nn.ConvTranspose1d(w, 1, 2 * s, s, padding=s // 2))
+        self.cut = nn.Conv1d(1, w, 2 * s, s, padding=s // 2)  # waveform -> frames, which overlap
+        self.encoder = nn.Sequential(*[ResidualBlock(w) for _ in range(cfg.vae_blocks)],
+                                     nn.Linear(w, 2 * cfg.latent_channels))
+        self.decoder = nn.Sequential(nn.Linear(cfg.latent_channels, w),
+                                     *[ResidualBlock(w) for _ in range(cfg.vae_blocks)])
+        self.join = nn.ConvTranspose1d(w, 1, 2 * s, s, padding=s // 2)
         # Diffusion wants latents of a known scale: every channel is normalised to sigma_data.
         self.register_buffer("mean", torch.zeros(cfg.latent_channels, 1))
         self.register_buffer("scale", torch.ones(cfg.latent_channels, 1))
 
     def posterior(self, wave):  # (batch, time)
-        mean, log_std = self.encoder(wave[:, None]).chunk(2, dim=1)
+        h = self.cut(wave[:, None]).mT  # (batch, frames, width)
+        mean, log_std = self.encoder(h).mT.chunk(2, dim=1)
         return mean, log_std.clamp(-10, 3)  # (batch, channels, frames) each
+
+    def reconstruct(self, latents):  # (batch, channels, frames), not normalised
+        h = self.decoder(latents.mT)  # (batch, frames, width)
+        return self.join(h.mT)[:, 0]  # (batch, time)
 
     def encode(self, wave):  # (batch, time)
         mean, _ = self.posterior(wave)
         return (mean - self.mean) / self.scale  # (batch, channels, frames)
 
     def decode(self, latents):  # (batch, channels, frames)
-        return self.decoder(latents * self.scale + self.mean)[:, 0]  # (batch, time)
+        return self.reconstruct(latents * self.scale + self.mean)  # (batch, time)
 
 SILENCE = 1e-2  # an energy that is as good as none: it keeps the relative errors of silence finite
 def stft_distance(output, wave):
@@ -244,7 +249,7 @@ def vae_loss(vae, wave, cfg):
     "Relative" to each clip's energy: a quiet clip counts as much as a loud one."""
     mean, log_std = vae.posterior(wave)
     latents = mean + log_std.exp() * torch.randn_like(mean)  # (batch, channels, frames)
-    output = vae.decoder(latents)[:, 0]  # (batch, time)
+    output = vae.reconstruct(latents)  # (batch, time)
     energy = wave.square().sum(1).clamp_min(SILENCE)  # (batch,)
     error = ((output - wave).square().sum(1) / energy).mean()
     kl = 0.5 * (mean.square() + (2 * log_std).exp() - 2 * log_std - 1).mean()
@@ -468,7 +473,8 @@ def make_ema(model, decay):
 def train_vae(run):
     cfg = run.cfg
     vae = VAE(cfg).to(run.device)
-    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     for i in run.loop("vae", cfg.vae_updates, vae=vae, optimizer=optimizer):
         wave, _ = cfg.world.make_batch(cfg.vae_batch)
         loss, error = vae_loss(vae, wave.to(run.device), cfg)
@@ -482,20 +488,16 @@ def train_vae(run):
     return vae
 
 class Latents:
-    """The training set: `cfg.clips` real clips, encoded once. Some captions are wrong, as in data
-    from the web (ours). The teacher learns these errors, too. Guidance pushes away from them."""
+    """The training set: `cfg.clips` real clips, encoded once."""
     def __init__(self, vae, cfg, seed):
         rng = torch.Generator().manual_seed(seed)
         x, label = [], []
         with torch.no_grad():
             for start in range(0, cfg.clips, 64):
-                wave, true_label = cfg.world.make_batch(min(64, cfg.clips - start), rng)
+                wave, labels = cfg.world.make_batch(min(64, cfg.clips - start), rng)
                 x.append(vae.encode(wave.to(vae.mean.device)))
-                label.append(true_label)
-        is_wrong = torch.rand(cfg.clips, generator=rng) < cfg.wrong_captions
-        random_label = torch.randint(cfg.null, (cfg.clips,), generator=rng)
-        self.x = torch.cat(x)  # (clips, channels, frames)
-        self.label = torch.where(is_wrong, random_label, torch.cat(label)).to(self.x.device)
+                label.append(labels.to(vae.mean.device))
+        self.x, self.label = torch.cat(x), torch.cat(label)  # (clips, channels, frames), (clips,)
 
     def sample_batch(self, count):
         index = torch.randint(len(self.label), (count,)).to(self.label.device)
@@ -513,6 +515,10 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
+        # Captions from the web are often wrong (ours). The teacher learns such errors, too, and
+        # guidance pushes away from them. Students learn from the same clips, captioned with care.
+        is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
+        label = torch.where(is_wrong, torch.randint_like(label, cfg.null), label)
         is_dropped = torch.rand(len(label), device=run.device) < cfg.label_dropout
         label = torch.where(is_dropped, cfg.null, label)  # guidance needs mu(x, null), too
         sigma = draw_sigma("train", len(label), cfg, run.device)
