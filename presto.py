@@ -139,9 +139,9 @@ class Config:
     warm_updates: int = setting("presto-s", 100, "fake-score updates before the first of generator")
     fake_updates: int = setting("presto-s", 5, "fake-score updates per generator update (paper: 5)")
     student_batch: int = setting("presto-s", 16, "clips per update of Presto-S and -LS")
-    student_updates: int = setting("presto-s", 150, "updates of the generator")
-    generator_lr: float = setting("presto-s", 1e-4, "learning rate of the generator (paper: 5e-7)")
-    fake_lr: float = setting("presto-s", 2e-4, "learning rate of fake score and head, constant")
+    student_updates: int = setting("presto-s", 100, "updates of the generator")
+    generator_lr: float = setting("presto-s", 2e-4, "learning rate of the generator (paper: 5e-7)")
+    fake_lr: float = setting("presto-s", 4e-4, "learning rate of fake score and head, constant")
     student_ema: float = setting("presto-s", 0.98, "decay of the generator's averaged weights")
     fractions_ls: tuple = setting("presto-ls", (1, 1, 1, 1, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63),
                                   "as fractions, but milder: few calls do more (our reading)")
