@@ -31,13 +31,13 @@ SYMBOLS (the paper's name, then the name in this file)
     D_psi           head            the discriminator's head, on fake_score's half-way features
     p(sigma^train)  "train"         the noise levels on which the teacher was trained
     p(sigma^inf)    "inf"           the noise levels that a sampler visits, made continuous
-    p_gen, p_DMD,   p_gen, p_dmd,   which of these two is used, in each of four places
-    p_DSM, p_GAN    p_dsm, p_gan
+    p_gen, p_DMD,   p_gen, p_dmd,   "train" or "inf": the noise at steps 1, 3, 5 and 7 of the loop
+    p_DSM, p_GAN    p_dsm, p_gan    below (p_gen may also be "discrete": four levels, as in DMD2)
 
-DSM, denoising score matching, is how every denoiser here learns. DMD, distribution matching
-distillation, trains a generator until its outputs are distributed as the teacher's. DMD2 adds a
-GAN: a discriminator learns to tell real from generated, and the generator to deceive it. ASE, a
-simple early-exiting framework, runs fewer of a network's blocks where there is more noise.
+DSM, denoising score matching, trains every denoiser here (why "score": see dmd_gradient). DMD,
+distribution matching distillation, trains a generator until its outputs are distributed as the
+teacher's. DMD2 adds a GAN: a discriminator learns to tell real from generated, the generator to
+deceive it. ASE, a simple early-exiting framework, runs fewer of a network's blocks in more noise.
 
 THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines of Part 6)
     x_real --(1)--> [generator] --(2)--> x_gen --+--(3)--> [real_score], [fake_score] --(4)--> DMD
@@ -46,14 +46,15 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
 
     1  Real latents are noised, at a level drawn from p_gen.
     2  The generator denoises them in one call. Its answer x_gen should look like a real latent.
-    3  x_gen is noised again, at a level from p_dmd, because denoisers know only noised latents.
+    3  x_gen is noised again, because denoisers know only noised latents. The level is drawn from
+       p_dmd: much noise leaves only the coarse features to compare, little noise the details, too.
     4  Two denoisers look at it. real_score knows the real data; fake_score knows what the
        generator makes. Their difference points from generated to real: the generator follows it.
     5  x_gen is noised at a level drawn from p_dsm,
     6  and fake_score learns to denoise it. So it keeps up with the generator.
     7  x_gen and x_real are noised at a level drawn from p_gan,
     8  and the head learns to tell them apart. The generator learns to deceive it.
-    An update: 1, 2, 5 to 8 five times (fake_score, head), then 1 to 4, 7, 8 once (generator).
+    An update: five times 1, 2, 5 to 8 (trains fake_score, head); once 1 to 4, 7, 8 (generator).
 """
 
 import argparse
@@ -84,7 +85,7 @@ STAGES = ["vae", "teacher", "presto-l", "presto-s", "presto-ls"]  # in order of 
 NOISE = ["train", "inf"]
 
 class UserError(Exception):
-    """Something that the user can mend: one line on stderr, and exit status 2."""
+    """Something that the user can put right: one line on stderr, and exit status 2."""
 
 def setting(stage, default, help, choices=None):
     """A field of Config. `stage` is the first stage that must be trained again if it changes."""
@@ -99,7 +100,7 @@ class Config:
     latent_channels: int = setting("vae", 16, "channels of a latent frame")
     vae_width: int = setting("vae", 208, "channels inside the VAE")
     vae_blocks: int = setting("vae", 4, "residual blocks of encoder and decoder each")
-    kl_weight: float = setting("vae", 4e-3, "weight of the KL term; with less, latents are fragile")
+    kl_weight: float = setting("vae", 4e-3, "weight of the KL term; less: small errors are heard")
     vae_updates: int = setting("vae", 4000, "updates of the VAE")
     vae_batch: int = setting("vae", 16, "clips per update; many small batches beat few large ones")
     vae_lr: float = setting("vae", 1e-3, "learning rate of the VAE")
@@ -110,7 +111,7 @@ class Config:
     P_mean: float = setting("teacher", -0.3, "mean of ln sigma in training (EDM, for images: -1.2)")
     P_std: float = setting("teacher", 1.4, "standard deviation of ln sigma in training (EDM: 1.2)")
     clips: int = setting("teacher", 16384, "real clips, encoded once: the training set")
-    wrong_captions: float = setting("teacher", 0.1, "share of teacher's captions that are wrong")
+    wrong_captions: float = setting("teacher", 0.1, "share of the captions that are wrong (ours)")
     teacher_updates: int = setting("teacher", 4500, "updates of the teacher")
     batch: int = setting("teacher", 32, "clips per update of teacher and Presto-L")
     teacher_lr: float = setting("teacher", 1e-3, "learning rate of the teacher")
@@ -123,11 +124,11 @@ class Config:
                                "shares of blocks that run, in ten bins from clean to noisy (ASE)")
     keep_last: bool = setting("presto-l", True, "shifted dropping: the last block always runs")
     budget_embedding: bool = setting("presto-l", True, "tell the network how many blocks will run")
-    self_teacher: float = setting("presto-l", 1.0, "weight of L_st")
+    self_teacher: float = setting("presto-l", 1.0, "weight of L_st: full depth teaches short pass")
     layer_updates: int = setting("presto-l", 800, "updates of Presto-L")
     layer_lr: float = setting("presto-l", 3e-4, "learning rate of Presto-L (ASE: 1e-5)")
     w: float = setting("presto-s", 1.5, "guidance of the teacher, and of the real score in DMD")
-    parallel: float = setting("presto-s", 0.0, "share of guidance along the answer itself (APG)")
+    parallel: float = setting("presto-s", 0.0, "share of guidance along mu itself (ours: APG)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
@@ -136,7 +137,7 @@ class Config:
     nu1: float = setting("presto-s", 0.3, "weight of the GAN term for the generator (paper: 0.01)")
     nu2: float = setting("presto-s", 0.15, "weight of the GAN term for the head (paper: 0.005)")
     tell_level: bool = setting("presto-s", True, "tell the fake score the generator's sigma (ours)")
-    warm_updates: int = setting("presto-s", 100, "fake-score updates before the first of generator")
+    warm_updates: int = setting("presto-s", 100, "fake-score updates before the generator's first")
     fake_updates: int = setting("presto-s", 5, "fake-score updates per generator update (paper: 5)")
     student_batch: int = setting("presto-s", 16, "clips per update of Presto-S and -LS")
     student_updates: int = setting("presto-s", 100, "updates of the generator")
@@ -144,8 +145,8 @@ class Config:
     fake_lr: float = setting("presto-s", 4e-4, "learning rate of fake score and head, constant")
     student_ema: float = setting("presto-s", 0.98, "decay of the generator's averaged weights")
     fractions_ls: tuple = setting("presto-ls", (1, 1, 1, 1, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63),
-                                  "as fractions, but milder: few calls do more (our reading)")
-    ls_start: str = setting("presto-ls", "presto-l", "its start (our reading)", STAGES[2:4])
+                                  "as fractions, but milder: few calls must do all (our reading)")
+    ls_start: str = setting("presto-ls", "presto-l", "generator's start (our reading)", STAGES[2:4])
     full_scores: bool = setting("presto-ls", True, "both scores keep full depth (our reading)")
 
     def __post_init__(self):
@@ -181,7 +182,7 @@ PRESETS = {
 }
 
 # ---- Part 1. VAE: waveform <-> latents -----------------------------------------------------------
-# The first convolution cuts the waveform into frames: at sample rate, all would be 6 times slower.
+# The first layer cuts the waveform into frames: at sample rate, all others would be 6 times slower.
 class ResidualBlock(nn.Module):
     """h + out(a * silu(b)), where a and b are two convolutions of norm(h) (Dauphin et al. 2017).
     A tone is a product: amplitude times harmonics times envelope. A block that can multiply learns
@@ -201,17 +202,15 @@ class ResidualBlock(nn.Module):
         return h + self.out(a * F.silu(b))
 
 class VAE(nn.Module):
-    """A 1-D convolutional VAE. The rest of the file uses only `encode` and `decode`."""
+    """A 1-D convolutional VAE. From Part 2 on, only `encode` and `decode` are used."""
     def __init__(self, cfg):
         super().__init__()
-        w, s = cfg.vae_width, cfg.stride
-        self.cut = nn.Conv1d(1, w, 2 * s, s, padding=s // 2)  # waveform -> frames, which overlap
-        self.encoder = nn.Sequential(*[ResidualBlock(w) for _ in range(cfg.vae_blocks)],
-                                     nn.Linear(w, 2 * cfg.latent_channels))
-        self.decoder = nn.Sequential(nn.Linear(cfg.latent_channels, w),
-                                     *[ResidualBlock(w) for _ in range(cfg.vae_blocks)])
-        self.join = nn.ConvTranspose1d(w, 1, 2 * s, s, padding=s // 2)
-        # Diffusion wants latents of a known scale: every channel is normalised to sigma_data.
+        w, s, c, n = cfg.vae_width, cfg.stride, cfg.latent_channels, cfg.vae_blocks
+        self.cut = nn.Conv1d(1, w, 2 * s, s, padding=s // 2)  # waveform -> overlapping frames
+        self.encoder = nn.Sequential(*[ResidualBlock(w) for _ in range(n)], nn.Linear(w, 2 * c))
+        self.decoder = nn.Sequential(nn.Linear(c, w), *[ResidualBlock(w) for _ in range(n)])
+        self.join = nn.ConvTranspose1d(w, 1, 2 * s, s, padding=s // 2)  # frames -> waveform
+        # train_vae sets these: `encode` returns channels of mean 0, standard deviation sigma_data.
         self.register_buffer("mean", torch.zeros(cfg.latent_channels, 1))
         self.register_buffer("scale", torch.ones(cfg.latent_channels, 1))
 
@@ -220,18 +219,15 @@ class VAE(nn.Module):
         mean, log_std = self.encoder(h).mT.chunk(2, dim=1)
         return mean, log_std.clamp(-10, 3)  # (batch, channels, frames) each
 
-    def reconstruct(self, latents):  # (batch, channels, frames), not normalised
-        h = self.decoder(latents.mT)  # (batch, frames, width)
-        return self.join(h.mT)[:, 0]  # (batch, time)
-
     def encode(self, wave):  # (batch, time)
         mean, _ = self.posterior(wave)
         return (mean - self.mean) / self.scale  # (batch, channels, frames)
 
     def decode(self, latents):  # (batch, channels, frames)
-        return self.reconstruct(latents * self.scale + self.mean)  # (batch, time)
+        h = self.decoder((latents * self.scale + self.mean).mT)  # (batch, frames, width)
+        return self.join(h.mT)[:, 0]  # (batch, time)
 
-SILENCE = 1e-2  # an energy that is as good as none: it keeps the relative errors of silence finite
+SILENCE = 1e-2  # the least energy to divide by: the relative error of a silent clip stays finite
 def stft_distance(output, wave):
     """Relative squared distance of magnitude spectra at two resolutions: (batch, time) -> scalar.
     Magnitudes forgive a phase that is a little off. The waveform error in `vae_loss` does not."""
@@ -249,7 +245,7 @@ def vae_loss(vae, wave, cfg):
     "Relative" to each clip's energy: a quiet clip counts as much as a loud one."""
     mean, log_std = vae.posterior(wave)
     latents = mean + log_std.exp() * torch.randn_like(mean)  # (batch, channels, frames)
-    output = vae.reconstruct(latents)  # (batch, time)
+    output = vae.decode((latents - vae.mean) / vae.scale)  # (batch, time)
     energy = wave.square().sum(1).clamp_min(SILENCE)  # (batch,)
     error = ((output - wave).square().sum(1) / energy).mean()
     kl = 0.5 * (mean.square() + (2 * log_std).exp() - 2 * log_std - 1).mean()
@@ -282,10 +278,10 @@ class Block(nn.Module):
         return h + gate2 * self.mlp(self.norm(h) * (1 + scale2) + shift2)
 
 class LevelEmbedding(nn.Module):
-    """A noise level c_noise (batch,) -> conditioning (batch, width), by Fourier features."""
+    """c_noise = ln(sigma) / 4 (batch,) -> conditioning (batch, width), by Fourier features."""
     def __init__(self, width):
         super().__init__()
-        # c_noise spans 2.6. The wavelengths reach from 2 pi, longer than that, to a hundredth.
+        # From sigma_min to sigma_max, c_noise spans 2.6. The wavelengths: 2 pi to 2 pi / 100.
         self.register_buffer("frequencies", torch.logspace(0, 2, width // 2))
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
@@ -294,7 +290,7 @@ class LevelEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
 class DiT(nn.Module):
-    """F_theta of EDM's equation 7: (scaled noisy latents, c_noise, label) -> the latents' shape.
+    """F_theta, the network in Denoiser (Part 3): (c_in * x, c_noise, label) -> the shape of x.
     `budget` says how many of the `depth` blocks run. None: all. An int: for the whole batch, and
     the others are really skipped (sampling). A tensor (batch,): one per sample. Then all blocks are
     computed, and each sample keeps what its budget allows (training mixes noise levels)."""
@@ -319,7 +315,7 @@ class DiT(nn.Module):
 
     def is_active(self, index, budget):
         """Whether block `index` runs: a bool if budget is an int, booleans (batch,) if a tensor.
-        At budget 3 of 8, ASE runs blocks 0, 1, 2; shifted dropping runs 0, 1, 7 (our reading)."""
+        Budget 3 of 8: ASE runs blocks 0, 1, 2; shifted dropping (Part 5) 0, 1, 7 (our reading)."""
         if budget is None:
             return True
         if self.keep_last:
@@ -352,12 +348,11 @@ class DiT(nn.Module):
 #     sigma  noise level                            () or (batch,)
 #     label  class index, or cfg.null for none      (batch,)
 #     x0     clean latents                          (batch, channels, frames)
-#
-# The x0 of a teacher is the mean of all clean latents that fit x. The x0 of a generator is one
-# sample of them. Teacher, fake score and generator are denoisers, and so are the wrapped ones that
-# `guided` and `with_budget` return. Every sampler takes any of them.
+# The x0 of a teacher is E[x0 | x], the mean of all clean latents that x may come from. The x0 of a
+# generator is one sample of them. Teacher, fake score and generator are denoisers, and so are the
+# wrapped ones that `guided` and `with_budget` return. Every sampler takes any of them.
 class Denoiser(nn.Module):
-    """D_theta of EDM's equation 7: a DiT whose input and target always have unit variance."""
+    """D = c_skip x + c_out F (EDM, equation 7): input and target of the DiT F have variance 1."""
     def __init__(self, cfg):
         super().__init__()
         self.sigma_data = cfg.sigma_data
@@ -365,9 +360,9 @@ class Denoiser(nn.Module):
 
     def forward(self, x, sigma, label, budget=None, sigma_gen=None, return_features=False):
         sigma = sigma.reshape(-1, 1, 1)  # a scalar broadcasts
-        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
-        c_out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()
-        c_in = 1 / (sigma**2 + self.sigma_data**2).sqrt()
+        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)  # sigma -> 0: 1, D is x
+        c_out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()  # -> 0
+        c_in = 1 / (sigma**2 + self.sigma_data**2).sqrt()  # c_in * x has variance 1
         c_noise = sigma.flatten().log() / 4
         c_gen = None if sigma_gen is None else sigma_gen.log() / 4
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
@@ -385,8 +380,8 @@ def edm_sigmas(steps, cfg):
     return torch.cat([rho_schedule(u, cfg), torch.zeros(1)])
 
 def student_sigmas(steps, cfg):
-    """The noise levels of the students' sampler (steps,): u = i / (steps + 1) (our reading). EDM's
-    schedule ends at sigma_min: a wasted call. In four steps sigma is 80, 24, 5.8 and 0.97."""
+    """The students' noise levels (steps,): u = i / (steps + 1) (our reading). 4: 80, 24, 5.8, .97.
+    EDM's u = i / (steps - 1) ends at sigma_min, where D is nearly x: that call would be wasted."""
     return rho_schedule(torch.arange(steps) / (steps + 1), cfg)
 
 def draw_sigma(distribution, count, cfg, device):
@@ -403,16 +398,16 @@ def add_noise(x, sigma):  # (batch, channels, frames), () or (batch,)
 
 def dsm_loss(denoised, target, sigma, cfg):
     """Denoising score matching: lambda(sigma) ||denoised - target||^2 (EDM, equations 2 and 8).
-    lambda is 1 / c_out^2: this is the squared error of F_theta, and every level counts alike."""
+    lambda is 1 / c_out^2, and D = c_skip x + c_out F: the squared error of F, at every level."""
     weight = (sigma**2 + cfg.sigma_data**2) / (sigma * cfg.sigma_data) ** 2  # (batch,)
     return (weight.reshape(-1, 1, 1) * (denoised - target).square()).mean()
 
 def guided(denoise, cfg):
     """Classifier-free guidance: a denoiser again. w = 1 is the plain one, and half the cost.
         mu(x, label) + (w - 1) * d,    d = mu(x, label) - mu(x, null)
-    d points to the wanted class. Its part along mu(x, label) only makes a tone louder: of that,
-    only the share `parallel` is kept. 1 keeps it all, and is the paper's mu(x, null) + w * d. Less
-    is adaptive projected guidance (APG, Sadat et al. 2025, arXiv 2410.02416)."""
+    d points to the wanted class. The part of d that is parallel to mu(x, label) only makes a tone
+    louder. It is multiplied by `parallel`: 1 is the paper's mu(x, null) + w * d; less (ours) is
+    adaptive projected guidance (APG, Sadat et al. 2025, arXiv 2410.02416)."""
     if cfg.w == 1:
         return denoise
     def denoise_guided(x, sigma, label):
@@ -432,7 +427,7 @@ def sample_heun(denoise, x, sigmas, label):
     """Heun's second-order sampler (EDM, algorithm 1), for the teacher: 2 * steps - 1 evaluations.
     x: pure noise of standard deviation sigmas[0] (batch, channels, frames). sigmas end with 0."""
     for sigma, sigma_next in itertools.pairwise(sigmas):
-        d = (x - denoise(x, sigma, label)) / sigma  # dx / dsigma  (batch, channels, frames)
+        d = (x - denoise(x, sigma, label)) / sigma  # EDM's ODE: dx / dsigma = (x - D(x)) / sigma
         x_next = x + (sigma_next - sigma) * d  # Euler's step
         if sigma_next > 0:
             d_next = (x_next - denoise(x_next, sigma_next, label)) / sigma_next
@@ -441,12 +436,11 @@ def sample_heun(denoise, x, sigmas, label):
     return x
 
 # ---- Part 4. Teacher: the training loop, and the loss of a denoiser ------------------------------
-# All training loops of this file are alike. They use a `run` (Part 8), which offers
+# All training loops are alike. They use a `run` (Part 8), which offers
 #     run.cfg, run.device                settings and device
 #     run.latents.sample_batch(count)    real latents x_real, and their labels
 #     run.load(stage)                    the finished model of an earlier stage, frozen
-#     run.loop(stage, total, **state)    yields 0 ... total - 1 under a progress bar. It saves
-#                                        `state`, and after an interruption goes on from there
+#     run.loop(stage, total, **state)    yields 0 ... total - 1; saves `state` and resumes
 #     run.log(model, **values)           shows losses, and now and then the model's accuracy
 def lr_at(i, total, lr):
     """The learning rate of update i: a short rise, then flat, then a linear fall over the last
@@ -515,8 +509,8 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
-        # Captions from the web are often wrong (ours). The teacher learns such errors, too, and
-        # guidance pushes away from them. Students learn from the same clips, captioned with care.
+        # As on the web, some captions are wrong (ours). They pull mu(x, label) towards mu(x, null);
+        # guidance pulls it back. Presto-S and -LS learn from the same clips, captioned with care.
         is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
         label = torch.where(is_wrong, torch.randint_like(label, cfg.null), label)
         is_dropped = torch.rand(len(label), device=run.device) < cfg.label_dropout
@@ -543,8 +537,8 @@ def train_teacher(run):
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
-    `fractions` of the depth belong to equal bins of time, from clean to noisy. Time is the position
-    on the rho-schedule: what a sampler sees of the noise (our reading)."""
+    `fractions` of the depth belong to equal bins of time, from clean to noisy. Time is 1 - u of the
+    rho-schedule (our reading): every bin gets an equal share of the teacher's steps."""
     bins = len(fractions)
     edges = rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,), rising
     edges = 0.999 * edges  # a level exactly on an edge belongs to the noisier bin
@@ -562,8 +556,8 @@ def with_budget(model, fractions, cfg):
 
 def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM of the short pass + self_teacher * L_st (0 is the loss of ASE).
-    L_st has the same form. Its target is what the same weights answer at full depth, without
-    gradient (our reading): the mean of all latents that fit, where x_real is one of them."""
+    L_st, self-teacher, has the same form. Its target is what the same weights answer at full depth,
+    without gradient (our reading). That is nearly a mean; x_real, one sample, is noisier."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -598,10 +592,10 @@ class Discriminator(nn.Module):
 def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     """The distribution-matching gradient on x_gen, as the code of DMD2 computes it.
         g = (mu_fake(x) - mu_real(x)) / mean|x_gen - mu_real(x)|,   x = x_gen + sigma * noise
-    A denoiser is a score in disguise: grad log p(x) = (mu(x) - x) / sigma^2 (Tweedie). So fake -
-    real is, up to a factor, the gradient of KL(generated || real), both noised. Going down it moves
-    x_gen to where real latents are more frequent than generated ones. The KL is a mean over what
-    the generator makes. Hence both scores look at x_gen, never at x_real. Both answers are blurs;
+    A denoiser is a score in disguise: grad log p(x) = (mu(x) - x) / sigma^2, p of noised latents
+    (Tweedie). So fake - real is sigma^2 times the gradient of KL(generated || real), both noised.
+    Going down it moves x_gen to where real latents are more frequent than generated ones. The KL is
+    a mean over what the generator makes. Hence both scores look at x_gen. Both answers are blurs;
     only their difference is used. The divisor brings all samples to a similar size."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
@@ -616,9 +610,9 @@ def dmd_loss(x_gen, gradient):
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator.
-    L_GAN is least squares (paper): the head should take x_gen for real, 1. It reads the fake score,
-    as in DMD2: the teacher does not know the generator's faults. The paper's nu1 is too weak here:
-    each element's share of L_DMD is 1 / 256, in the paper far less. nu2 keeps the ratio to nu1."""
+    L_GAN is least squares (paper): the head should answer 1, "real". It reads the fake score, as in
+    DMD2: the teacher does not know the generator's faults. L_DMD is a mean over the elements of a
+    latent, 256 here, far more in the paper. So its gradient is larger here; so are nu1 and nu2."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -630,8 +624,8 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
 def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
     """L_fake-DSM + nu2 * L_GAN, for the fake score and the head. The first term keeps the fake
     score on the generator's distribution. The second makes its lower half and the head tell x_real,
-    1, from x_gen, 0. Both are noised at the same level, so that the amount of noise does not tell
-    them apart."""
+    1, from x_gen, 0. Both are noised at the same level (and told the same sigma_gen), so that the
+    level does not tell them apart."""
     sigma = draw_sigma(cfg.p_dsm, len(x_gen), cfg, x_gen.device)  # 5
     denoised = fake_score(add_noise(x_gen, sigma), sigma, label)  # (batch, channels, frames)
     loss_dsm = dsm_loss(denoised, x_gen, sigma, cfg)  # 6
@@ -644,15 +638,15 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator starts from Presto-L and drops
     layers. Its scores keep full depth (our reading): they measure, and cost nothing at inference.
-    `tell_level` (ours; off is the paper's loop): without it, one fake score sees the generator's
-    answers to all input levels mixed. If those to high noise are too dull, and those to low noise
-    too loud, the mixture looks right, and no answer is pulled back: loudness drifts. Told the
-    generator's sigma, the fake score compares the answers to each level by themselves. (Phased DMD,
-    arXiv 2510.27684, has one expert per interval of levels.)"""
+    `tell_level` (ours; off is the paper's loop): the generator answers to many input levels. If its
+    answers to high noise vary too little, and those to low noise too much, their mixture looks
+    right to the fake score. Nothing pulls them back, and loudness drifts. So the fake score is told
+    the level of the generator's input, and learns the answers to each level separately. (Phased
+    DMD, arXiv 2510.27684, has one expert per interval of levels.)"""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
-    is_short = is_ls and not cfg.full_scores
-    score_stage, score_fractions = ("presto-l", fractions) if is_short else ("teacher", None)
+    short_scores = is_ls and not cfg.full_scores  # then the scores drop the generator's layers
+    score_stage, score_fractions = ("presto-l", fractions) if short_scores else ("teacher", None)
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
     fake_net = run.load(score_stage).requires_grad_(True)
     if cfg.tell_level:
@@ -672,7 +666,7 @@ def train_student(run, stage):
         return x_gen, x_real, label, told
     for i in run.loop(stage, cfg.student_updates, net=generator_net, ema=ema, fake=fake_net,
                       head=head, optimizer=generator_optimizer, fake_optimizer=fake_optimizer):
-        # The DMD gradient is only as true as the fake score is up to date: hence five to one.
+        # DMD's gradient is wrong where the fake score lags behind the generator: so five to one.
         for _ in range(cfg.warm_updates if i == 0 else cfg.fake_updates):
             with torch.no_grad():
                 x_gen, x_real, label, told = make_x_gen()
@@ -690,8 +684,8 @@ def train_student(run, stage):
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat.
     No guidance: the generator learnt from a guided score. x: noise of standard deviation sigmas[0]
-    (batch, channels, frames). In training, x_real is noised, not the x0 of an earlier step, which
-    would fix the steps: so any number works (paper). An x0 that looks real is like x_real."""
+    (batch, channels, frames). In training the input is noised x_real, here a noised x0: the same,
+    if x0 looks real. Training simulates no earlier step: so any number of steps works (paper)."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)
@@ -699,7 +693,7 @@ def sample_multistep(denoise, x, sigmas, label):
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # "re-noised": the teacher, sampled as they are
+STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # "re-noised": the teacher with their sampler
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
     """Clips (batch, time) on the CPU for label (batch,), and the seconds that they took. Noise is
@@ -814,8 +808,8 @@ class Run:
 
     def read(self, stage, **state):
         """Read a checkpoint into the modules and optimizers of `state`; returns its content. A run
-        without settings takes those of the checkpoint. One with other settings, up to this
-        stage's, is refused. No code in a checkpoint is ever run."""
+        without settings takes the checkpoint's. If a setting of this or an earlier stage differs,
+        the checkpoint is refused. No code in a checkpoint is ever run."""
         path, fields = self.path(stage), dataclasses.fields(Config)
         again = f"python presto.py train --out {self.folder}"
         if not path.exists():
