@@ -30,7 +30,7 @@ SYMBOLS (the paper's name, then the name in this file)
     G_phi           generator       the few-step student
     D_psi           head            the discriminator's head, on fake_score's half-way features
     p(sigma^train)  "train"         the noise levels on which the teacher was trained
-    p(sigma^inf)    "inf"           the noise levels that a sampler visits, made continuous
+    p(sigma^inf)    "inf"           inference: the noise levels that a sampler visits, continuous
     p_gen, p_DMD,   p_gen, p_dmd,   "train" or "inf": the noise at steps 1, 3, 5 and 7 of the loop
     p_DSM, p_GAN    p_dsm, p_gan    below (p_gen may also be "discrete": four levels, as in DMD2)
 
@@ -100,7 +100,7 @@ class Config:
     latent_channels: int = setting("vae", 16, "channels of a latent frame")
     vae_width: int = setting("vae", 208, "channels inside the VAE")
     vae_blocks: int = setting("vae", 4, "residual blocks of encoder and decoder each")
-    kl_weight: float = setting("vae", 4e-3, "weight of the KL term; less: small errors are heard")
+    kl_weight: float = setting("vae", 4e-3, "weight of KL; with less, errors in latents are heard")
     vae_updates: int = setting("vae", 4000, "updates of the VAE")
     vae_batch: int = setting("vae", 16, "clips per update; many small batches beat few large ones")
     vae_lr: float = setting("vae", 1e-3, "learning rate of the VAE")
@@ -128,7 +128,7 @@ class Config:
     layer_updates: int = setting("presto-l", 800, "updates of Presto-L")
     layer_lr: float = setting("presto-l", 3e-4, "learning rate of Presto-L (ASE: 1e-5)")
     w: float = setting("presto-s", 1.5, "guidance of the teacher, and of the real score in DMD")
-    parallel: float = setting("presto-s", 0.0, "share of guidance along mu itself (ours: APG)")
+    parallel: float = setting("presto-s", 0.0, "share kept of guidance parallel to mu (ours: APG)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
@@ -182,7 +182,7 @@ PRESETS = {
 }
 
 # ---- Part 1. VAE: waveform <-> latents -----------------------------------------------------------
-# The first layer cuts the waveform into frames: at sample rate, all others would be 6 times slower.
+# The first layer cuts the waveform into frames; all later ones see only frames: 6 times faster.
 class ResidualBlock(nn.Module):
     """h + out(a * silu(b)), where a and b are two convolutions of norm(h) (Dauphin et al. 2017).
     A tone is a product: amplitude times harmonics times envelope. A block that can multiply learns
@@ -360,8 +360,8 @@ class Denoiser(nn.Module):
 
     def forward(self, x, sigma, label, budget=None, sigma_gen=None, return_features=False):
         sigma = sigma.reshape(-1, 1, 1)  # a scalar broadcasts
-        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)  # sigma -> 0: 1, D is x
-        c_out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()  # -> 0
+        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)  # sigma 0: 1 (D is x); inf: 0
+        c_out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()  # 0; sigma_data
         c_in = 1 / (sigma**2 + self.sigma_data**2).sqrt()  # c_in * x has variance 1
         c_noise = sigma.flatten().log() / 4
         c_gen = None if sigma_gen is None else sigma_gen.log() / 4
@@ -533,7 +533,7 @@ def train_teacher(run):
 # of a DiT grows sharply in its last blocks, and the output layer learnt to read what the last block
 # writes. An early exit shows it something else. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
-#   2. The network is told its budget (DiT.budget_table).
+#   2. The network is told its budget, and can make up for what is dropped (DiT.budget_table).
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
@@ -593,10 +593,10 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     """The distribution-matching gradient on x_gen, as the code of DMD2 computes it.
         g = (mu_fake(x) - mu_real(x)) / mean|x_gen - mu_real(x)|,   x = x_gen + sigma * noise
     A denoiser is a score in disguise: grad log p(x) = (mu(x) - x) / sigma^2, p of noised latents
-    (Tweedie). So fake - real is sigma^2 times the gradient of KL(generated || real), both noised.
-    Going down it moves x_gen to where real latents are more frequent than generated ones. The KL is
-    a mean over what the generator makes. Hence both scores look at x_gen. Both answers are blurs;
-    only their difference is used. The divisor brings all samples to a similar size."""
+    (Tweedie). So fake - real is sigma^2 times the gradient of log(p_generated / p_real). Its mean
+    over what is generated is the KL divergence: hence both scores look at x_gen. Going down, x_gen
+    moves to where real latents are more frequent than generated ones. Both answers are blurs, as
+    this formula wants: mu is a mean. The divisor brings all samples to a similar size."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
     fake = fake_score(x, sigma, label)  # 4  (batch, channels, frames)
@@ -612,7 +612,7 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator.
     L_GAN is least squares (paper): the head should answer 1, "real". It reads the fake score, as in
     DMD2: the teacher does not know the generator's faults. L_DMD is a mean over the elements of a
-    latent, 256 here, far more in the paper. So its gradient is larger here; so are nu1 and nu2."""
+    latent, 256 here, far more in the paper: its gradient is larger here. nu1, nu2 keep pace."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -622,10 +622,10 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     return dmd_loss(x_gen, gradient) + cfg.nu1 * loss_gan
 
 def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
-    """L_fake-DSM + nu2 * L_GAN, for the fake score and the head. The first term keeps the fake
-    score on the generator's distribution. The second makes its lower half and the head tell x_real,
-    1, from x_gen, 0. Both are noised at the same level (and told the same sigma_gen), so that the
-    level does not tell them apart."""
+    """L_fake-DSM + nu2 * L_GAN, for the fake score and the head. The target of the first is x_gen:
+    x_real would make a second real score of it. The second makes its lower half and the head tell
+    x_real, 1, from x_gen, 0. Both are noised at the same level (and told the same sigma_gen), so
+    that the level does not tell them apart."""
     sigma = draw_sigma(cfg.p_dsm, len(x_gen), cfg, x_gen.device)  # 5
     denoised = fake_score(add_noise(x_gen, sigma), sigma, label)  # (batch, channels, frames)
     loss_dsm = dsm_loss(denoised, x_gen, sigma, cfg)  # 6
@@ -641,8 +641,8 @@ def train_student(run, stage):
     `tell_level` (ours; off is the paper's loop): the generator answers to many input levels. If its
     answers to high noise vary too little, and those to low noise too much, their mixture looks
     right to the fake score. Nothing pulls them back, and loudness drifts. So the fake score is told
-    the level of the generator's input, and learns the answers to each level separately. (Phased
-    DMD, arXiv 2510.27684, has one expert per interval of levels.)"""
+    the level of the generator's input (`told` below), and learns each level's answers separately.
+    (Phased DMD, arXiv 2510.27684, has one expert per interval of levels.)"""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
     short_scores = is_ls and not cfg.full_scores  # then the scores drop the generator's layers
