@@ -31,8 +31,8 @@ SYMBOLS (the paper's name, then the name in this file)
     D_psi           head            the discriminator's head, on fake_score's half-way features
     p(sigma^train)  "train"         the noise levels on which the teacher was trained
     p(sigma^inf)    "inf"           inference: the noise levels that a sampler visits, continuous
-    p_gen, p_DMD,   p_gen, p_dmd,   "train" or "inf": the noise at steps 1, 3, 5 and 7 of the loop
-    p_DSM, p_GAN    p_dsm, p_gan    below (p_gen may also be "discrete": four levels, as in DMD2)
+    p_gen, p_DMD    p_gen, p_dmd    "train" or "inf": the noise at steps 1 and 3 of the loop below
+    p_DSM, p_GAN    p_dsm, p_gan    the same, at steps 5 and 7 (p_gen: also "discrete", as in DMD2)
 
 DSM, denoising score matching, trains every denoiser here (why "score": see dmd_gradient). DMD,
 distribution matching distillation, trains a generator until its outputs are distributed as the
@@ -47,7 +47,7 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     1  Real latents are noised, at a level drawn from p_gen.
     2  The generator denoises them in one call. Its answer x_gen should look like a real latent.
     3  x_gen is noised again, because denoisers know only noised latents. The level is drawn from
-       p_dmd: much noise leaves only the coarse features to compare, little noise the details, too.
+       p_dmd: much noise leaves only coarse features to compare; little noise leaves details, too.
     4  Two denoisers look at it. real_score knows the real data; fake_score knows what the
        generator makes. Their difference points from generated to real: the generator follows it.
     5  x_gen is noised at a level drawn from p_dsm,
@@ -140,9 +140,9 @@ class Config:
     warm_updates: int = setting("presto-s", 100, "fake-score updates before the generator's first")
     fake_updates: int = setting("presto-s", 5, "fake-score updates per generator update (paper: 5)")
     student_batch: int = setting("presto-s", 16, "clips per update of Presto-S and -LS")
-    student_updates: int = setting("presto-s", 100, "updates of the generator")
-    generator_lr: float = setting("presto-s", 2e-4, "learning rate of the generator (paper: 5e-7)")
-    fake_lr: float = setting("presto-s", 4e-4, "learning rate of fake score and head, constant")
+    student_updates: int = setting("presto-s", 150, "updates of the generator")
+    generator_lr: float = setting("presto-s", 1e-4, "learning rate of the generator (paper: 5e-7)")
+    fake_lr: float = setting("presto-s", 2e-4, "learning rate of fake score and head, constant")
     student_ema: float = setting("presto-s", 0.98, "decay of the generator's averaged weights")
     fractions_ls: tuple = setting("presto-ls", (1, 1, 1, 1, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63),
                                   "as fractions, but milder: few calls must do all (our reading)")
@@ -182,7 +182,7 @@ PRESETS = {
 }
 
 # ---- Part 1. VAE: waveform <-> latents -----------------------------------------------------------
-# The first layer cuts the waveform into frames; all later ones see only frames: 6 times faster.
+# The first layer cuts the waveform into frames. Layers on the full waveform took 6 times as long.
 class ResidualBlock(nn.Module):
     """h + out(a * silu(b)), where a and b are two convolutions of norm(h) (Dauphin et al. 2017).
     A tone is a product: amplitude times harmonics times envelope. A block that can multiply learns
@@ -245,7 +245,7 @@ def vae_loss(vae, wave, cfg):
     "Relative" to each clip's energy: a quiet clip counts as much as a loud one."""
     mean, log_std = vae.posterior(wave)
     latents = mean + log_std.exp() * torch.randn_like(mean)  # (batch, channels, frames)
-    output = vae.decode((latents - vae.mean) / vae.scale)  # (batch, time)
+    output = vae.decode((latents - vae.mean) / vae.scale)  # `decode` undoes it
     energy = wave.square().sum(1).clamp_min(SILENCE)  # (batch,)
     error = ((output - wave).square().sum(1) / energy).mean()
     kl = 0.5 * (mean.square() + (2 * log_std).exp() - 2 * log_std - 1).mean()
@@ -360,8 +360,8 @@ class Denoiser(nn.Module):
 
     def forward(self, x, sigma, label, budget=None, sigma_gen=None, return_features=False):
         sigma = sigma.reshape(-1, 1, 1)  # a scalar broadcasts
-        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)  # sigma 0: 1 (D is x); inf: 0
-        c_out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()  # 0; sigma_data
+        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)  # at sigma 0: 1, so D is x
+        c_out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()  # at sigma 0: 0
         c_in = 1 / (sigma**2 + self.sigma_data**2).sqrt()  # c_in * x has variance 1
         c_noise = sigma.flatten().log() / 4
         c_gen = None if sigma_gen is None else sigma_gen.log() / 4
@@ -398,7 +398,7 @@ def add_noise(x, sigma):  # (batch, channels, frames), () or (batch,)
 
 def dsm_loss(denoised, target, sigma, cfg):
     """Denoising score matching: lambda(sigma) ||denoised - target||^2 (EDM, equations 2 and 8).
-    lambda is 1 / c_out^2, and D = c_skip x + c_out F: the squared error of F, at every level."""
+    lambda is 1 / c_out^2. As D = c_skip x + c_out F, this is the plain squared error of F."""
     weight = (sigma**2 + cfg.sigma_data**2) / (sigma * cfg.sigma_data) ** 2  # (batch,)
     return (weight.reshape(-1, 1, 1) * (denoised - target).square()).mean()
 
@@ -429,7 +429,7 @@ def sample_heun(denoise, x, sigmas, label):
     for sigma, sigma_next in itertools.pairwise(sigmas):
         d = (x - denoise(x, sigma, label)) / sigma  # EDM's ODE: dx / dsigma = (x - D(x)) / sigma
         x_next = x + (sigma_next - sigma) * d  # Euler's step
-        if sigma_next > 0:
+        if sigma_next > 0:  # at 0 there is no second slope: Euler's step is kept
             d_next = (x_next - denoise(x_next, sigma_next, label)) / sigma_next
             x_next = x + (sigma_next - sigma) * (d + d_next) / 2  # the mean of both slopes
         x = x_next
@@ -461,7 +461,7 @@ def optimizer_step(loss, optimizer, lr):
     optimizer.step()
 
 def make_ema(model, decay):
-    """An exponential moving average of a model's weights. It is what is sampled and saved."""
+    """An exponential moving average of the weights: less noisy. It is what is sampled and saved."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 def train_vae(run):
@@ -509,8 +509,8 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
-        # As on the web, some captions are wrong (ours). They pull mu(x, label) towards mu(x, null);
-        # guidance pulls it back. Presto-S and -LS learn from the same clips, captioned with care.
+        # As on the web, some captions are wrong (ours). This gives guidance work: they pull
+        # mu(x, label) to mu(x, null); guidance pulls it back. Students see the true labels only.
         is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
         label = torch.where(is_wrong, torch.randint_like(label, cfg.null), label)
         is_dropped = torch.rand(len(label), device=run.device) < cfg.label_dropout
@@ -593,8 +593,8 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     """The distribution-matching gradient on x_gen, as the code of DMD2 computes it.
         g = (mu_fake(x) - mu_real(x)) / mean|x_gen - mu_real(x)|,   x = x_gen + sigma * noise
     A denoiser is a score in disguise: grad log p(x) = (mu(x) - x) / sigma^2, p of noised latents
-    (Tweedie). So fake - real is sigma^2 times the gradient of log(p_generated / p_real). Its mean
-    over what is generated is the KL divergence: hence both scores look at x_gen. Going down, x_gen
+    (Tweedie). So fake - real is sigma^2 times the gradient of r = log(p_generated / p_real). The
+    mean of r over generated x is the KL divergence: so both scores look at x_gen. Going down, x_gen
     moves to where real latents are more frequent than generated ones. Both answers are blurs, as
     this formula wants: mu is a mean. The divisor brings all samples to a similar size."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
@@ -610,9 +610,9 @@ def dmd_loss(x_gen, gradient):
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator.
-    L_GAN is least squares (paper): the head should answer 1, "real". It reads the fake score, as in
-    DMD2: the teacher does not know the generator's faults. L_DMD is a mean over the elements of a
-    latent, 256 here, far more in the paper: its gradient is larger here. nu1, nu2 keep pace."""
+    L_GAN is least squares (paper): the head should answer 1, "real". Its input comes from the fake
+    score (DMD2): the teacher does not know the generator's faults. L_DMD is a mean over a latent's
+    elements, 256 here, far more in the paper: its gradient is larger. So is nu1; nu2 = nu1 / 2."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -622,10 +622,10 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     return dmd_loss(x_gen, gradient) + cfg.nu1 * loss_gan
 
 def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
-    """L_fake-DSM + nu2 * L_GAN, for the fake score and the head. The target of the first is x_gen:
-    x_real would make a second real score of it. The second makes its lower half and the head tell
-    x_real, 1, from x_gen, 0. Both are noised at the same level (and told the same sigma_gen), so
-    that the level does not tell them apart."""
+    """L_fake-DSM + nu2 * L_GAN, for the fake score and the head. L_fake-DSM has the target x_gen:
+    with x_real, fake_score would become a second real score. L_GAN teaches the lower half of
+    fake_score, and the head, to answer 1 to x_real and 0 to x_gen. Both get the same noise level,
+    and the same sigma_gen (train_student), so that no level tells them apart."""
     sigma = draw_sigma(cfg.p_dsm, len(x_gen), cfg, x_gen.device)  # 5
     denoised = fake_score(add_noise(x_gen, sigma), sigma, label)  # (batch, channels, frames)
     loss_dsm = dsm_loss(denoised, x_gen, sigma, cfg)  # 6
@@ -638,11 +638,11 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator starts from Presto-L and drops
     layers. Its scores keep full depth (our reading): they measure, and cost nothing at inference.
-    `tell_level` (ours; off is the paper's loop): the generator answers to many input levels. If its
-    answers to high noise vary too little, and those to low noise too much, their mixture looks
-    right to the fake score. Nothing pulls them back, and loudness drifts. So the fake score is told
-    the level of the generator's input (`told` below), and learns each level's answers separately.
-    (Phased DMD, arXiv 2510.27684, has one expert per interval of levels.)"""
+    `tell_level` (ours; off is the paper's loop): the generator answers to many input levels, and
+    the fake score would see the mixture. Too little variety after high noise, and too much after
+    low, can look right in it: nothing pulls them back, and loudness drifts. So the fake score is
+    told sigma_gen, the level of the generator's input (`told` below), and learns each level's
+    answers separately. (Phased DMD, arXiv 2510.27684, has one expert per interval of levels.)"""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
     short_scores = is_ls and not cfg.full_scores  # then the scores drop the generator's layers
@@ -666,7 +666,7 @@ def train_student(run, stage):
         return x_gen, x_real, label, told
     for i in run.loop(stage, cfg.student_updates, net=generator_net, ema=ema, fake=fake_net,
                       head=head, optimizer=generator_optimizer, fake_optimizer=fake_optimizer):
-        # DMD's gradient is wrong where the fake score lags behind the generator: so five to one.
+        # DMD's gradient is wrong if the fake score lags. It starts as the teacher: 100, then 5.
         for _ in range(cfg.warm_updates if i == 0 else cfg.fake_updates):
             with torch.no_grad():
                 x_gen, x_real, label, told = make_x_gen()
@@ -693,7 +693,7 @@ def sample_multistep(denoise, x, sigmas, label):
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # "re-noised": the teacher with their sampler
+STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # re-noised: Presto-S before its training
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
     """Clips (batch, time) on the CPU for label (batch,), and the seconds that they took. Noise is
