@@ -48,17 +48,13 @@ def test_usage_from_audio_to_latents_to_a_denoiser_to_a_wav_in_four_steps(tmp_pa
 # ---- Tools of the tests -------------------------------------------------------------------------
 approx = pytest.approx
 with_ = functools.partial(dataclasses.replace, CFG)
-
 def near(a, b, atol=1e-4):
     return torch.allclose(torch.as_tensor(a), torch.as_tensor(b), atol=atol)
-
 def same(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
-
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
 @torch.no_grad()
 def awake(module):
     """Give zero-initialised layers random weights, so that nothing is zero by accident."""
@@ -67,11 +63,9 @@ def awake(module):
         if name == "net.budget_table.weight":
             parameter[CFG.depth] = 0  # the padding row, as it always is
     return module
-
 @pytest.fixture
 def model():
     return awake(presto.Denoiser(CFG))
-
 def record(module, calls):
     """Append the arguments of every later call of `module` to `calls`."""
     def note(module, args, kwargs):
@@ -80,21 +74,17 @@ def record(module, calls):
         calls.append(dict(given.arguments, module=module, grad=torch.is_grad_enabled()))
     module.register_forward_pre_hook(note, with_kwargs=True)
     return module
-
 def budget_is(call, fractions):
     """Whether a recorded call ran the blocks that its noise level deserves. None: all blocks."""
     expected = presto.budget_at(call["sigma"], fractions, CFG) if fractions else None
     return str(call["budget"]) == str(expected)
-
 def weights(*modules):
     return [p.detach().clone() for module in modules for p in module.parameters()]
-
 def toy_latents(count):
     """Latents that need no sound: a clip is one number, -0.4 or 0.4 by class, + 0.3 * noise."""
     label = torch.randint(2, (count,))
     level = 0.8 * label - 0.4 + 0.3 * torch.randn(count)
     return level[:, None, None].expand(count, *SHAPE[1:]).clone(), label
-
 class Bench:
     """What a training loop asks of a Run, on toy latents, and notes of all that happened."""
     device = torch.device("cpu")
@@ -127,7 +117,6 @@ class Bench:
 
 TOY = with_(w=1.0, wrong_captions=0.0, teacher_updates=200, teacher_lr=1e-2, ema=0.95, batch=32,
             student_batch=32)
-
 @pytest.fixture(scope="module")
 def teacher():
     torch.manual_seed(0)
@@ -188,6 +177,11 @@ def test_one_clip_per_class_repeated_is_correct_but_bad_in_recall_coverage_and_s
 def test_the_vae_loss_is_relative_error_plus_spectrum_plus_kl_and_finite_for_silence():
     vae, wave = presto.VAE(CFG), toy_data.make_batch(4)[0]
     assert presto.vae_loss(vae, wave, CFG)[0] != presto.vae_loss(vae, wave, CFG)[0]  # drawn
+    losses = []
+    for vae.mean[:], vae.scale[:] in ((0, 1), (3, 2)):  # how latents are normalised does not matter
+        torch.manual_seed(0)
+        losses.append(presto.vae_loss(vae, wave, CFG)[0].item())
+    assert losses[0] == approx(losses[1], rel=1e-4)
     loss, _ = presto.vae_loss(vae, wave * torch.tensor([[0.0], [1], [1], [1]]), CFG)
     loss.backward()
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in vae.parameters())
@@ -203,6 +197,13 @@ def test_the_vae_loss_is_relative_error_plus_spectrum_plus_kl_and_finite_for_sil
     loss, error = presto.vae_loss(vae, wave, with_(kl_weight=2.0))
     assert error.item() == approx(1) and loss.item() == approx(1 + 0.2 + 2 * kl, rel=1e-5)
 
+def test_a_vae_block_starts_as_the_identity_and_then_hears_one_frame_to_each_side():
+    block, h, bump = presto.ResidualBlock(8), torch.randn(1, 9, 8), torch.zeros(1, 9, 8)
+    bump[0, 4, 0] = 1
+    assert torch.equal(block(h), h)
+    moved = (awake(block)(h + bump) - block(h)).abs().amax(-1)[0] > 1e-6
+    assert moved.nonzero().flatten().tolist() == [3, 4, 5]
+
 def test_the_vae_learns_and_its_latents_have_mean_0_and_deviation_sigma_data():
     bench = Bench(with_(vae_updates=60, vae_width=32, vae_batch=16, vae_lr=5e-3))
     vae, (wave, _) = presto.train_vae(bench).requires_grad_(False), toy_data.make_batch(256)
@@ -210,7 +211,7 @@ def test_the_vae_learns_and_its_latents_have_mean_0_and_deviation_sigma_data():
     latents, (mean, _) = vae.encode(wave), vae.posterior(wave)
     assert near(latents.mean((0, 2)), 0.0, 0.1) and near(latents.std((0, 2)), CFG.sigma_data, 0.08)
     assert near(latents * vae.scale + vae.mean, mean)
-    assert near(vae.decode(latents), vae.decode((mean - vae.mean) / vae.scale))
+    assert near(vae.decode(latents), vae.join(vae.decoder(mean.mT).mT)[:, 0])
     assert bench.rates == [[presto.lr_at(i, 60, 5e-3)] for i in range(60)]
 
 # ---- Part 2. DiT --------------------------------------------------------------------------------
@@ -365,7 +366,6 @@ def test_a_stage_returns_the_average_of_its_weights_with_its_rates_and_null_labe
         assert (label == NULL).float().mean().item() == approx(0.25, abs=0.04)
         differs = label != torch.cat([label for _, label in bench.drawn])
         assert differs[label != NULL].float().mean().item() == approx(0.4, abs=0.06)
-        assert len(label.unique()) == NULL + 1  # a wrong caption can be any
         log = sigma.log()
         assert near(log.mean(), cfg.P_mean, 0.15) and near(log.std(), cfg.P_std, 0.1)
         fractions, start = (cfg.fractions, ["teacher"]) if stage == "presto-l" else (None, [])
@@ -375,7 +375,6 @@ def test_the_training_set_is_real_clips_with_their_labels():
     vae = awake(presto.VAE(CFG)).requires_grad_(False)
     latents = presto.Latents(vae, with_(clips=100), 7)
     wave, label = toy_data.make_batch(64, torch.Generator().manual_seed(7))
-    assert len(latents.x) == len(latents.label) == 100
     assert torch.equal(latents.label[:64], label) and near(latents.x[:64], vae.encode(wave))
     x, label = latents.sample_batch(8)
     index = (x.flatten(1)[:, None] == latents.x.flatten(1)).all(-1).int().argmax(1)
