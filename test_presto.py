@@ -366,8 +366,8 @@ def test_a_stage_returns_the_average_of_its_weights_with_its_rates_and_null_labe
         assert (label == NULL).float().mean().item() == approx(0.25, abs=0.04)
         differs = label != torch.cat([label for _, label in bench.drawn])
         assert differs[label != NULL].float().mean().item() == approx(0.4, abs=0.06)
-        log = sigma.log()
-        assert near(log.mean(), cfg.P_mean, 0.15) and near(log.std(), cfg.P_std, 0.1)
+        assert len(label.unique()) == NULL + 1  # a wrong caption can be any, and none is beyond
+        assert near(sigma.log().mean(), cfg.P_mean, 0.15) and near(sigma.log().std(), cfg.P_std, .1)
         fractions, start = (cfg.fractions, ["teacher"]) if stage == "presto-l" else (None, [])
         assert all(budget_is(call, fractions) for call in bench.calls) and bench.loaded == start
 
