@@ -128,7 +128,7 @@ class Config:
     layer_updates: int = setting("presto-l", 800, "updates of Presto-L")
     layer_lr: float = setting("presto-l", 3e-4, "learning rate of Presto-L (ASE: 1e-5)")
     w: float = setting("presto-s", 1.5, "guidance of the teacher, and of the real score in DMD")
-    parallel: float = setting("presto-s", 0.2, "share kept of guidance parallel to mu (ours: APG)")
+    parallel: float = setting("presto-s", 0.1, "share kept of guidance parallel to mu (ours: APG)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
