@@ -100,7 +100,7 @@ class Config:
     latent_channels: int = setting("vae", 12, "channels of a latent frame")
     vae_width: int = setting("vae", 128, "channels inside the VAE")
     vae_blocks: int = setting("vae", 4, "residual blocks of encoder and decoder each")
-    kl_weight: float = setting("vae", 4e-3, "weight of KL; with less, errors in latents are heard")
+    kl_weight: float = setting("vae", 4e-3, "KL: less makes latents fragile, more the VAE inexact")
     vae_updates: int = setting("vae", 3000, "updates of the VAE")
     vae_batch: int = setting("vae", 16, "clips per update; many small batches beat few large ones")
     vae_lr: float = setting("vae", 1e-3, "learning rate of the VAE")
@@ -190,7 +190,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.norm = nn.RMSNorm(width)
-        self.conv = nn.Linear(3 * width, 2 * width)  # of three frames; faster than nn.Conv1d
+        self.conv = nn.Linear(3 * width, 2 * width)  # a conv over 3 frames; faster than Conv1d
         self.out = nn.Linear(width, width)
         nn.init.zeros_(self.out.weight)  # at first, the block is the identity
         nn.init.zeros_(self.out.bias)
@@ -210,7 +210,7 @@ class VAE(nn.Module):
         self.encoder = nn.Sequential(*[ResidualBlock(w) for _ in range(n)], nn.Linear(w, 2 * c))
         self.decoder = nn.Sequential(nn.Linear(c, w), *[ResidualBlock(w) for _ in range(n)])
         self.join = nn.ConvTranspose1d(w, 1, 2 * s, s, padding=s // 2)  # frames -> waveform
-        # train_vae sets these: `encode` returns channels of mean 0, standard deviation sigma_data.
+        # train_vae sets these: each channel gets mean 0 and std sigma_data, as Denoiser assumes.
         self.register_buffer("mean", torch.zeros(cfg.latent_channels, 1))
         self.register_buffer("scale", torch.ones(cfg.latent_channels, 1))
 
@@ -253,8 +253,8 @@ def vae_loss(vae, wave, cfg):
 
 # ---- Part 2. DiT: the network, with blocks that can be skipped -----------------------------------
 class Block(nn.Module):
-    """An adaLN-Zero transformer block (DiT, section 3.2). The vector c sets shift, scale and gate
-    of attention and of the MLP. The gates start at zero: at first every block is the identity."""
+    """An adaLN-Zero transformer block (DiT, section 3.2). c sets shift, scale and gate of attention
+    and MLP. Gates start at zero: a block begins as the identity, and deep stacks train stably."""
     def __init__(self, width, num_heads):
         super().__init__()
         self.num_heads = num_heads
@@ -360,8 +360,8 @@ class Denoiser(nn.Module):
 
     def forward(self, x, sigma, label, budget=None, sigma_gen=None, return_features=False):
         sigma = sigma.reshape(-1, 1, 1)  # a scalar broadcasts
-        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)  # at sigma 0: 1, so D is x
-        c_out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()  # at sigma 0: 0
+        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)  # 1 to 0; at sigma 0, D is x
+        c_out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()  # 0 to sigma_data
         c_in = 1 / (sigma**2 + self.sigma_data**2).sqrt()  # c_in * x has variance 1
         c_noise = sigma.flatten().log() / 4
         c_gen = None if sigma_gen is None else sigma_gen.log() / 4
@@ -380,8 +380,8 @@ def edm_sigmas(steps, cfg):
     return torch.cat([rho_schedule(u, cfg), torch.zeros(1)])
 
 def student_sigmas(steps, cfg):
-    """The students' noise levels (steps,): u = i / (steps + 1) (our reading). 4: 80, 24, 5.8, .97.
-    EDM's u = i / (steps - 1) ends at sigma_min, where D is nearly x: that call would be wasted."""
+    """The students' noise levels (steps,), at u = i / (steps + 1) (our reading). 4 steps: 80, 24,
+    5.8, 0.97. EDM's u = i / (steps - 1) ends at sigma_min, where D is nearly x: a wasted call."""
     return rho_schedule(torch.arange(steps) / (steps + 1), cfg)
 
 def draw_sigma(distribution, count, cfg, device):
@@ -398,12 +398,12 @@ def add_noise(x, sigma):  # (batch, channels, frames), () or (batch,)
 
 def dsm_loss(denoised, target, sigma, cfg):
     """Denoising score matching: lambda(sigma) ||denoised - target||^2 (EDM, equations 2 and 8).
-    lambda is 1 / c_out^2. As D = c_skip x + c_out F, this is the plain squared error of F."""
+    lambda = 1 / c_out^2: this is the plain squared error of F, so all noise levels count alike."""
     weight = (sigma**2 + cfg.sigma_data**2) / (sigma * cfg.sigma_data) ** 2  # (batch,)
     return (weight.reshape(-1, 1, 1) * (denoised - target).square()).mean()
 
 def guided(denoise, cfg):
-    """Classifier-free guidance: a denoiser again. w = 1 is the plain one, and half the cost.
+    """Classifier-free guidance of a denoiser mu: a denoiser again. w = 1 is mu, at half the cost.
         mu(x, label) + (w - 1) * d,    d = mu(x, label) - mu(x, null)
     d points to the wanted class. The part of d that is parallel to mu(x, label) only makes a tone
     louder. It is multiplied by `parallel`: 1 is the paper's mu(x, null) + w * d; less (ours) is
@@ -508,9 +508,9 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
-        # As on the web, some captions are wrong (ours). This gives guidance work: they pull
-        # mu(x, label) to other classes, where mu(x, null) lies; guidance pulls it back.
-        if hasattr(cfg.world, "misname"):  # students see the true labels only
+        # As on the web, some captions are wrong (ours). They pull mu(x, label) towards mu(x, null),
+        # the mean over all classes. So guidance, which leads away from mu(x, null), has work to do.
+        if hasattr(cfg.world, "misname"):  # Presto-S and Presto-LS see true labels only
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
         is_dropped = torch.rand(len(label), device=run.device) < cfg.label_dropout
@@ -555,9 +555,9 @@ def with_budget(model, fractions, cfg):
     return denoise
 
 def layer_loss(model, x_real, label, sigma, cfg):
-    """The loss of Presto-L: L_DSM of the short pass + self_teacher * L_st (0 is the loss of ASE).
-    L_st, self-teacher, has the same form. Its target is what the same weights answer at full depth,
-    without gradient (our reading). That is nearly a mean; x_real, one sample, is noisier."""
+    """The loss of Presto-L: L_DSM of the short pass + self_teacher * L_st. ASE has L_DSM alone.
+    L_st has the same form. Its target is what the same weights answer at full depth, no gradient
+    (our reading): nearly the mean E[x0 | x], while x_real is one sample, and so noisier."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -577,7 +577,7 @@ def train_presto_l(run):
 # distribution of its answers is pulled to that of the data.
 class Discriminator(nn.Module):
     """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It
-    answers about twice a second (paper: 2.8), not once per clip, and says where a clip is wrong."""
+    gives about two answers per second of audio (paper: 2.8): so it says where a clip is wrong."""
     def __init__(self, cfg):
         super().__init__()
         w, layers = cfg.width, []
@@ -592,11 +592,11 @@ class Discriminator(nn.Module):
 def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     """The distribution-matching gradient on x_gen, as the code of DMD2 computes it.
         g = (mu_fake(x) - mu_real(x)) / mean|x_gen - mu_real(x)|,   x = x_gen + sigma * noise
-    A denoiser is a score in disguise: grad log p(x) = (mu(x) - x) / sigma^2, p of noised latents
-    (Tweedie). So fake - real is sigma^2 times the gradient of r = log(p_generated / p_real). The
-    mean of r over generated x is the KL divergence: so both scores look at x_gen. Going down, x_gen
-    moves to where real latents are more frequent than generated ones. Both answers are blurs, as
-    this formula wants: mu is a mean. The divisor brings all samples to a similar size."""
+    A denoiser is a score in disguise: grad log p(x) = (mu(x) - x) / sigma^2 (Tweedie), where p is
+    the density of noised latents. So fake - real is sigma^2 times the gradient of r =
+    log(p_generated / p_real). Its mean over generated x is the KL divergence: so both see x_gen.
+    Descent moves x_gen to where real latents are more frequent than generated ones. That both
+    answers are blurs does no harm: the formula needs means. The divisor evens out sample sizes."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
     fake = fake_score(x, sigma, label)  # 4  (batch, channels, frames)
@@ -610,9 +610,9 @@ def dmd_loss(x_gen, gradient):
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator.
-    L_GAN is least squares (paper): the head should answer 1, "real". Its input comes from the fake
-    score (DMD2): the teacher does not know the generator's faults. L_DMD is a mean over a latent's
-    elements, 192 here, far more in the paper. Its gradient is larger: for balance, nu1, nu2 too."""
+    L_GAN is least squares (paper): the head should answer 1, "real". The head reads features of the
+    fake score (DMD2): the teacher does not know the generator's faults. L_DMD is a mean over 192
+    elements, far more in the paper: its gradient here is larger. So nu1 is; nu2 stays nu1 / 2."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -624,8 +624,8 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
 def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
     """L_fake-DSM + nu2 * L_GAN, for the fake score and the head. L_fake-DSM has the target x_gen:
     with x_real, fake_score would become a second real score. L_GAN teaches the lower half of
-    fake_score, and the head, to answer 1 to x_real and 0 to x_gen. Both get the same noise level,
-    and the same sigma_gen (train_student), so that no level tells them apart."""
+    fake_score, and the head, to answer 1 to x_real and 0 to x_gen. They are compared at one noise
+    level, and with one sigma_gen (train_student): so the head can judge only by content."""
     sigma = draw_sigma(cfg.p_dsm, len(x_gen), cfg, x_gen.device)  # 5
     denoised = fake_score(add_noise(x_gen, sigma), sigma, label)  # (batch, channels, frames)
     loss_dsm = dsm_loss(denoised, x_gen, sigma, cfg)  # 6
@@ -639,8 +639,8 @@ def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator starts from Presto-L and drops
     layers. Its scores keep full depth (our reading): they measure, and cost nothing at inference.
     `tell_level` (ours; off is the paper's loop): the generator answers to many input levels, and
-    the fake score would see the mixture. Too little variety after high noise, and too much after
-    low, can look right in it: nothing pulls them back, and loudness drifts. So the fake score is
+    the fake score would see their mixture. In it, too little variety after high noise and too much
+    after low can cancel: no gradient corrects either, and loudness drifts. So the fake score is
     told sigma_gen, the level of the generator's input (`told` below), and learns each level's
     answers separately. (Phased DMD, arXiv 2510.27684, has one expert per interval of levels.)"""
     cfg, is_ls = run.cfg, stage == "presto-ls"
@@ -666,7 +666,7 @@ def train_student(run, stage):
         return x_gen, x_real, label, told
     for i in run.loop(stage, cfg.student_updates, net=generator_net, ema=ema, fake=fake_net,
                       head=head, optimizer=generator_optimizer, fake_optimizer=fake_optimizer):
-        # DMD's gradient is wrong if the fake score lags. It starts as the teacher: 100, then 5.
+        # DMD is wrong if fake_score lags: so 5 updates; at first 100, as it starts as the teacher.
         for _ in range(cfg.warm_updates if i == 0 else cfg.fake_updates):
             with torch.no_grad():
                 x_gen, x_real, label, told = make_x_gen()
@@ -685,7 +685,7 @@ def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat.
     No guidance: the generator learnt from a guided score. x: noise of standard deviation sigmas[0]
     (batch, channels, frames). In training the input is noised x_real, here a noised x0: the same,
-    if x0 looks real. Training simulates no earlier step: so any number of steps works (paper)."""
+    if x0 looks real. And all levels were trained ("inf"): so any number of steps works (paper)."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)
@@ -693,7 +693,7 @@ def sample_multistep(denoise, x, sigmas, label):
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # re-noised: Presto-S before its training
+STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # re-noised: the teacher, sampled as a student
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
     """Clips (batch, time) on the CPU for label (batch,), and the seconds that they took. Noise is
