@@ -612,7 +612,7 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator.
     L_GAN is least squares (paper): the head should answer 1, "real". The head reads features of the
     fake score (DMD2): the teacher does not know the generator's faults. L_DMD is a mean over 192
-    elements, far more in the paper: its gradient here is larger. So nu1 is; nu2 stays nu1 / 2."""
+    elements, far more in the paper: its gradient here is larger, so nu1 is, too; nu2 = nu1 / 2."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
