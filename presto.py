@@ -130,6 +130,7 @@ class Config:
     w: float = setting("presto-s", 1.5, "guidance of the teacher, and of the real score in DMD")
     parallel: float = setting("presto-s", 0.1, "share kept of guidance parallel to mu (ours: APG)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
+    u_end: float = setting("presto-s", 0.8, "the students' levels end here on the rho-schedule")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
     p_dsm: str = setting("presto-s", "train", "noise under which the fake score learns", NOISE)
@@ -380,16 +381,16 @@ def edm_sigmas(steps, cfg):
     return torch.cat([rho_schedule(u, cfg), torch.zeros(1)])
 
 def student_sigmas(steps, cfg):
-    """The students' noise levels (steps,), at u = i / (steps + 1) (our reading). 4 steps: 80, 24,
-    5.8, 0.97. EDM's u = i / (steps - 1) ends at sigma_min, where D is nearly x: a wasted call."""
-    return rho_schedule(torch.arange(steps) / (steps + 1), cfg)
+    """The students' noise levels (steps,): u in equal steps from 0 up to u_end (our reading).
+    4 steps: 80, 24, 5.8, 0.97. EDM's u ends at 1: there D is nearly x, and a call is wasted."""
+    return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
     """Draw noise levels (count,) from one of the distributions of the symbols table."""
     if distribution == "train":  # ln sigma is Gaussian (EDM, table 1)
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
-    if distribution == "inf":  # the rho-schedule at a uniform u
-        return rho_schedule(torch.rand(count, device=device), cfg)
+    if distribution == "inf":  # the levels of student_sigmas, for every number of steps at once
+        return rho_schedule(cfg.u_end * torch.rand(count, device=device), cfg)
     # "discrete": the students' own four levels, as in DMD2
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
@@ -609,10 +610,10 @@ def dmd_loss(x_gen, gradient):
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
-    """L_DMD + nu1 * L_GAN, for the generator.
-    L_GAN is least squares (paper): the head should answer 1, "real". The head reads features of the
-    fake score (DMD2): the teacher does not know the generator's faults. L_DMD is a mean over 192
-    elements, far more in the paper: its gradient here is larger, so nu1 is, too; nu2 = nu1 / 2."""
+    """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should answer
+    1, "real". The head reads features of the fake score (DMD2): the teacher does not know the
+    generator's faults. L_DMD is a mean over the elements of a latent: 192 here, far more in the
+    paper. So its gradient is larger here, and nu1 is, too."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -941,8 +942,7 @@ def command_eval(args):
     note = (f"{len(label)} clips per row, evaluation seed {args.seed}. ms, speed: one clip at a "
             f"time, over the teacher's {full} steps. batch: ms per clip, {classes} at a time.")
     text, page = toy_data.report(world, f"Presto! {run.folder}", note, rows, spread, clips)
-    figures = json.dumps({"rows": rows, "spread": spread, "seed": args.seed}, indent=1)
-    write_file(run.folder / "eval.json", figures.encode())
+    write_file(run.folder / "eval.json", json.dumps({"rows": rows, "spread": spread}).encode())
     write_file(run.folder / "report.html", page.encode())
     print(f"{text}\nTo see and hear it: {run.folder / 'report.html'}")
 
