@@ -610,7 +610,7 @@ def dmd_loss(x_gen, gradient):
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
-    """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should answer
+    """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head reads features of the fake score (DMD2): the teacher does not know the
     generator's faults. L_DMD is a mean over the elements of a latent: 192 here, far more in the
     paper. So its gradient is larger here, and nu1 is, too."""
