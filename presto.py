@@ -8,7 +8,7 @@
 An unofficial, minimal, educational implementation of "Presto! Distilling Steps and Layers for
 Accelerating Music Generation" (Novack et al., ICLR 2025, arXiv 2410.05167), whose authors released
 no code. Where the public record of the paper is silent, a comment says "our reading". What is not
-in the paper at all is tagged "ours".
+in the paper at all is tagged "ours"; the data, the VAE and the measures are all ours.
 
 READING ORDER (it is also the order of execution)
     Part 0  Config      every setting
@@ -128,9 +128,9 @@ class Config:
     layer_updates: int = setting("presto-l", 800, "updates of Presto-L")
     layer_lr: float = setting("presto-l", 3e-4, "learning rate of Presto-L (ASE: 1e-5)")
     w: float = setting("presto-s", 1.5, "guidance of the teacher, and of the real score in DMD")
-    parallel: float = setting("presto-s", 0.1, "share kept of guidance parallel to mu (ours: APG)")
+    parallel: float = setting("presto-s", 0.1, "share kept of parallel guidance (ours, see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
-    u_end: float = setting("presto-s", 0.8, "the students' levels end here on the rho-schedule")
+    u_end: float = setting("presto-s", 0.8, "on the rho-schedule, students' levels end before it")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
     p_dsm: str = setting("presto-s", "train", "noise under which the fake score learns", NOISE)
@@ -303,7 +303,7 @@ class DiT(nn.Module):
         self.level = LevelEmbedding(cfg.width)
         self.gen_level = None  # a second LevelEmbedding, which only the fake score gets (Part 6)
         self.label_table = nn.Embedding(cfg.null + 1, cfg.width)  # the last row is the null label
-        # Full depth is the padding row, always zero: with all its blocks this is the plain DiT.
+        # Row cfg.depth always stays zero (padding_idx): with all blocks, this is the plain DiT.
         self.budget_table = nn.Embedding(cfg.depth + 1, cfg.width, padding_idx=cfg.depth)
         nn.init.zeros_(self.budget_table.weight)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.num_heads) for _ in range(cfg.depth))
@@ -381,8 +381,8 @@ def edm_sigmas(steps, cfg):
     return torch.cat([rho_schedule(u, cfg), torch.zeros(1)])
 
 def student_sigmas(steps, cfg):
-    """The students' noise levels (steps,): u in equal steps from 0 up to u_end (our reading).
-    4 steps: 80, 24, 5.8, 0.97. EDM's u ends at 1: there D is nearly x, and a call is wasted."""
+    """The students' noise levels (steps,): u in equal steps from 0, below u_end (our reading). For
+    4 steps 80, 24, 5.8, 0.97. EDM's u ends at 1: there D is nearly x, and a call is wasted."""
     return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
@@ -445,7 +445,7 @@ def sample_heun(denoise, x, sigmas, label):
 #     run.log(model, **values)           shows losses, and now and then the model's accuracy
 def lr_at(i, total, lr):
     """The learning rate of update i: a short rise, then flat, then a linear fall over the last
-    60 %. While it falls, the noise of small batches leaves the weights: samples become clean."""
+    60 %. As it falls, the noise of small batches averages out of the weights: cleaner samples."""
     return lr * min(1, (i + 1) / (0.025 * total), (total - i) / (0.6 * total))
 
 def optimizer_step(loss, optimizer, lr):
@@ -511,7 +511,7 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
         x_real, label = run.latents.sample_batch(cfg.batch)
         # As on the web, some captions are wrong (ours). They pull mu(x, label) towards mu(x, null),
         # the mean over all classes. So guidance, which leads away from mu(x, null), has work to do.
-        if hasattr(cfg.world, "misname"):  # Presto-S and Presto-LS see true labels only
+        if hasattr(cfg.world, "misname"):  # a data module may lack it. Students never come here
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
         is_dropped = torch.rand(len(label), device=run.device) < cfg.label_dropout
@@ -538,11 +538,11 @@ def train_teacher(run):
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
-    `fractions` of the depth belong to equal bins of time, from clean to noisy. Time is 1 - u of the
-    rho-schedule (our reading): every bin gets an equal share of the teacher's steps."""
+    `fractions` of the depth belong to equal bins of 1 - u of the rho-schedule, from clean to noisy
+    (our reading of ASE's time): so the teacher's steps are spread evenly over the bins."""
     bins = len(fractions)
     edges = rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,), rising
-    edges = 0.999 * edges  # a level exactly on an edge belongs to the noisier bin
+    edges = 0.999 * edges  # students' levels lie on edges (u = 0.2): then the noisier bin counts
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
     return int(budget) if sigma.ndim == 0 else budget
@@ -594,10 +594,10 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     """The distribution-matching gradient on x_gen, as the code of DMD2 computes it.
         g = (mu_fake(x) - mu_real(x)) / mean|x_gen - mu_real(x)|,   x = x_gen + sigma * noise
     A denoiser is a score in disguise: grad log p(x) = (mu(x) - x) / sigma^2 (Tweedie), where p is
-    the density of noised latents. So fake - real is sigma^2 times the gradient of r =
-    log(p_generated / p_real). Its mean over generated x is the KL divergence: so both see x_gen.
+    the density of noised latents. So mu_fake - mu_real is sigma^2 times the gradient of
+    r = log(p_generated / p_real). KL is the mean of r over generated x: so both see noised x_gen.
     Descent moves x_gen to where real latents are more frequent than generated ones. That both
-    answers are blurs does no harm: the formula needs means. The divisor evens out sample sizes."""
+    answers are blurs does no harm: the formula needs means. The divisor: all clips count alike."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
     fake = fake_score(x, sigma, label)  # 4  (batch, channels, frames)
@@ -606,14 +606,14 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
 
 def dmd_loss(x_gen, gradient):
     """A loss whose gradient on x_gen is `gradient` / number of elements. Its value, the mean of
-    gradient^2 / 2, tells nothing: the target moves with x_gen."""
+    gradient^2 / 2, does not show progress: the errors of the fake score itself keep it up."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head reads features of the fake score (DMD2): the teacher does not know the
     generator's faults. L_DMD is a mean over the elements of a latent: 192 here, far more in the
-    paper. So its gradient is larger here, and nu1 is, too."""
+    paper. So its gradient is larger here, and nu1 is, too (nu2 keeps nu2 / nu1)."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -639,14 +639,14 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator starts from Presto-L and drops
     layers. Its scores keep full depth (our reading): they measure, and cost nothing at inference.
-    `tell_level` (ours; off is the paper's loop): the generator answers to many input levels, and
-    the fake score would see their mixture. In it, too little variety after high noise and too much
-    after low can cancel: no gradient corrects either, and loudness drifts. So the fake score is
-    told sigma_gen, the level of the generator's input (`told` below), and learns each level's
-    answers separately. (Phased DMD, arXiv 2510.27684, has one expert per interval of levels.)"""
+    `tell_level` (ours; off is the paper's loop): the generator is called at many noise levels, and
+    the fake score would see a mixture of its answers. If those at high noise vary too little, and
+    those at low noise too much, the mixture looks right: nothing corrects either, and loudness
+    drifts. So the fake score is told sigma_gen, the level of the generator's input (`told` below),
+    and learns each level apart. (Phased DMD, arXiv 2510.27684, has one expert per interval.)"""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
-    short_scores = is_ls and not cfg.full_scores  # then the scores drop the generator's layers
+    short_scores = is_ls and not cfg.full_scores  # then they start at Presto-L, drop layers too
     score_stage, score_fractions = ("presto-l", fractions) if short_scores else ("teacher", None)
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
     fake_net = run.load(score_stage).requires_grad_(True)
@@ -694,7 +694,7 @@ def sample_multistep(denoise, x, sigmas, label):
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # re-noised: the teacher, sampled as a student
+STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # re-noised: the unguided teacher
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
     """Clips (batch, time) on the CPU for label (batch,), and the seconds that they took. Noise is
@@ -716,7 +716,7 @@ def spread_by_level(denoise, x_real, label, sigma):
     """Variance of a denoiser's answers to noised x_real within a class, over that of x_real.
     0: it answers with the mean of the class. 1: its answers vary as real latents do. Above: they
     vary too much. x_real (batch, channels, frames), label (batch,), sigma ()."""
-    answers = denoise(add_noise(x_real, sigma), sigma.repeat(len(label)), label)
+    answers = denoise(add_noise(x_real, sigma), sigma, label)
     groups = [label == c for c in label.unique()]
     of_answers = sum(answers[group].var(0).sum() for group in groups)
     of_real = sum(x_real[group].var(0).sum() for group in groups)
