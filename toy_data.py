@@ -23,7 +23,7 @@ import torch
 #   HEARD, a dict from names in `listen` to their units: what `score` compares
 #   is_correct(wave, labels) -> booleans (batch,): does each clip sound as its label says?
 #   describe(wave) -> a list of strings, one for each clip: what is heard, in words
-#   misname(labels) -> wrong labels that a person might write; without it, all captions are right
+#   misname(labels) -> wrong labels, on the device of `labels`; without it, all captions are right
 # Parts 1 to 3 are such a module. Parts 4 and 5 know nothing of tones: they work with any `world`.
 
 # ---- 1. Making tones ----------------------------------------------------------------------------
@@ -33,7 +33,7 @@ PITCHES = ["A3", "A#3", "B3", "C4", "C#4", "D4", "D#4", "E4", "F4", "F#4", "G4",
 PITCH_HZ = 220.0 * 2.0 ** (torch.arange(12) / 12)  # below one octave: none is another's overtone
 TIMBRES = ["sine", "organ", "square", "saw"]
 PROMPTS = [f"{pitch} {timbre}" for pitch in PITCHES for timbre in TIMBRES]  # 48 classes
-# The four timbres are the four answers to two questions that an ear (and `listen`) can decide:
+# A timbre's index is (second harmonic?) + 2 * (third harmonic?), which an ear can decide:
 #                      no third harmonic      third harmonic
 #   no second harmonic       sine                square
 #   second harmonic          organ               saw
@@ -56,7 +56,7 @@ def make_batch(count, generator=None, labels=None):
     u = torch.rand(4, count, 1, generator=generator)
     loudness = 0.10 * 3.5 ** u[0]  # RMS at full level, 0.10 to 0.35: a range of 11 dB
     attack = 0.005 * 20.0 ** u[1]  # seconds, 5 to 100 ms
-    decay = 0.12 * 6.0 ** u[2]  # seconds in which the level falls by 1/e, 0.12 to 0.72
+    decay = 0.12 * 6.0 ** u[2]  # seconds in which the level falls to 1/e, 0.12 to 0.72
     tilt = 0.6 * u[3]  # brightness: harmonic k is weakened by k^-tilt
     t = torch.arange(CLIP_SAMPLES) / SAMPLE_RATE  # (time,) in seconds
     phase = 2 * math.pi * PITCH_HZ[labels // len(TIMBRES)][:, None] * t  # (count, time)
@@ -94,11 +94,11 @@ def listen(wave):
     power = torch.fft.rfft(wave * torch.hann_window(wave.shape[-1])).abs().square()  # (batch, bin)
     bin_hz = SAMPLE_RATE / wave.shape[-1]
     hz_of_bin = torch.arange(power.shape[-1]) * bin_hz
-    running_sum = torch.nn.functional.pad(power.cumsum(-1, dtype=torch.float64), (1, 0))
-    # Pitch: in every timbre the fundamental is the strongest harmonic, and the pitches span less
-    # than an octave. So look for the loudest bin there, and take the centroid around it.
-    in_octave = (hz_of_bin > 208) & (hz_of_bin < 430)
-    peak_hz = hz_of_bin[(power * in_octave).argmax(-1)][:, None]
+    energy_below = torch.nn.functional.pad(power.cumsum(-1, dtype=torch.float64), (1, 0))
+    # Pitch: in every timbre the fundamental is the strongest harmonic. So look for the loudest bin
+    # in a range a little wider than PITCHES, and take the centroid of what lies around it.
+    in_range = (hz_of_bin > 208) & (hz_of_bin < 430)
+    peak_hz = hz_of_bin[(power * in_range).argmax(-1)][:, None]
     near = power * ((hz_of_bin - peak_hz).abs() < 14)
     hz = (near * hz_of_bin).sum(-1) / near.sum(-1).clamp_min(1e-20)
     semitones = 12 * torch.log2(hz.clamp_min(1.0) / PITCH_HZ[0])
@@ -108,10 +108,10 @@ def listen(wave):
     centres = hz[:, None] * K  # (batch, harmonic)
     first = (centres * 0.97 / bin_hz).round().long().clamp(0, power.shape[-1])
     end = (centres * 1.03 / bin_hz).round().long().clamp(0, power.shape[-1])
-    harmonic = running_sum.gather(1, end) - running_sum.gather(1, first)
+    harmonic = energy_below.gather(1, end) - energy_below.gather(1, first)
     amplitude = (harmonic / harmonic[:, :1].clamp_min(1e-20)).sqrt()  # the fundamental has 1
     timbre = (amplitude[:, 1] > 0.18).long() + 2 * (amplitude[:, 2] > 0.10).long()
-    tonal = harmonic.sum(-1) / running_sum[:, -1].clamp_min(1e-20)
+    tonal = harmonic.sum(-1) / energy_below[:, -1].clamp_min(1e-20)
     bright = harmonic[:, 3:].sum(-1) / harmonic.sum(-1).clamp_min(1e-20)
     # Envelope: 1.94 dB below the top is 80 % of the peak, because 20 log10(0.8) = -1.94.
     frames = wave.unflatten(-1, (ENVELOPE_FRAMES, -1)).square().mean(-1)  # (batch, frame)
@@ -119,7 +119,7 @@ def listen(wave):
     seconds = torch.arange(ENVELOPE_FRAMES) * (wave.shape[-1] / ENVELOPE_FRAMES / SAMPLE_RATE)
     top, top_frame = level.max(-1, keepdim=True)
     attack = seconds[(level > top - 1.94).int().argmax(-1)]
-    # Decay: the slope of a line that is fitted to the level after the peak, down to -30 dB.
+    # Decay: the slope of a line that is fitted to the level after the peak, down to 30 dB below it.
     after = (torch.arange(ENVELOPE_FRAMES) >= top_frame) & (level > top - 30)
     weight = after / after.sum(-1, keepdim=True)
     x = seconds - (weight * seconds).sum(-1, keepdim=True)
@@ -165,13 +165,13 @@ def embed(wave, sample_rate):
     """Waveforms (batch, 1024 samples or more) -> embeddings (batch, 48): log10 of energies."""
     wave = wave.float().cpu()
     size = max(512, 2 ** round(math.log2(0.064 * sample_rate)))  # frames of about 64 ms
-    size = min(size, 2 ** int(math.log2(wave.shape[-1] / 2)))
+    size = min(size, 2 ** int(math.log2(wave.shape[-1] / 2)))  # three frames or more
     window = torch.hann_window(size)
     spectrum = torch.stft(wave, size, size // 2, window=window, return_complex=True, center=False)
     power = spectrum.abs().square() / (size / 4) ** 2  # a full-scale sine peaks at 1
     hz = torch.arange(size // 2 + 1) * (sample_rate / size)
     mel = 2595 * torch.log10(1 + hz / 700)  # the mel scale: bands are narrow where pitch lives
-    centres = torch.linspace(mel[10], mel[-1], 24)
+    centres = torch.linspace(mel[10], mel[-1], 24)  # bin 10 is at 156 Hz here
     bank = 1 - (mel - centres[:, None]).abs() / (centres[1] - centres[0])
     energy = bank.clamp_min(0) @ power  # the bank's triangles (band, bin) -> (batch, band, frame)
     third = energy.shape[-1] // 3
@@ -206,9 +206,9 @@ def mmd(a, b):
 def recall_coverage(fake, real, k=5):
     """How much of the real embeddings (m, d) the fake ones (n, d) reach: two shares.
 
-    A neighbourhood reaches to the k-th nearest point of the same set. Recall: the share of real
-    points in some fake one's neighbourhood (Kynkaanniemi et al. 2019). Coverage: the share of real
-    points with a fake one in their own (Naeem et al. 2020). Neither sees fakes far from all real.
+    A point's neighbourhood reaches to the k-th nearest of its own set. Recall: the share of real
+    points in a fake point's neighbourhood (Kynkaanniemi et al. 2019). Coverage: the share of real
+    points whose neighbourhood holds a fake one (Naeem et al. 2020). Neither sees fakes far off.
     """
     k = min(k, len(fake) - 1, len(real) - 1) + 1  # the nearest point is the point itself
     radius_fake = torch.cdist(fake, fake).kthvalue(k, dim=1).values
@@ -238,7 +238,7 @@ def within_class_std(values, labels):
     return torch.stack(variances).mean().sqrt().item() if variances else 0.0
 
 class Reference:
-    """Real clips (batch, time) with labels (batch,), each class at least once, to compare with."""
+    """Real clips (batch, time) with labels (batch,), to compare with."""
     def __init__(self, world, wave, label):
         self.embedded = embed(wave, world.SAMPLE_RATE).double()  # (batch, feature)
         member = torch.nn.functional.one_hot(label, len(world.PROMPTS)).double()  # (batch, class)
@@ -252,7 +252,7 @@ def score(world, wave, label, reference):
     """Clips (batch, time) with labels (batch,) against a Reference: a dict of floats.
 
     accuracy: the share that `is_correct`; it does not see variety or sound quality.
-    recall, coverage: of embeddings minus their class's mean, to see variety within classes.
+    recall, coverage: of embeddings minus the reference's class mean: variety within classes.
     fd, mmd: of plain embeddings. W_...: `wasserstein` for the names in `world.HEARD`.
     loudness, haze: means in dB, which do not see how clips differ around them.
     spread: the deviation of loudness within classes over the real one; 1 is right, 0 a collapse.
@@ -301,8 +301,7 @@ def wav_bytes(wave, sample_rate):
 COLUMNS = {  # figure: (heading, format); others keep six letters, and have two decimals
     "accuracy": ("acc", ".3f"), "recall": ("recall", ".3f"), "coverage": ("cover", ".3f"),
     "fd": ("fd", ".3f"), "loudness": ("loud", ".1f"), "haze": ("haze", ".1f"),
-    "passes": ("passes", ".0f"), "blocks": ("blocks", ".1f"), "ms": ("ms", ".1f"),
-    "speedup": ("speed", ".1f"), "batch_ms": ("batch", ".2f"),
+    "ms": ("ms", ".1f"), "speedup": ("speed", ".1f"), "batch_ms": ("batch", ".2f"),
 }
 
 def table(rows):
@@ -336,7 +335,7 @@ def axis(values, log, start, end):
     step = next(step for step in ROUND if high - low <= 6 * step)
     ticks = [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
     if log:
-        neighbours = zip(ROUND, ROUND[1:], ROUND[2:])
+        neighbours = zip(ROUND, ROUND[1:], ROUND[2:])  # keeps one beyond each end, too
         ticks = [tick for before, tick, after in neighbours if before < high and after > low]
     def pixel(value):
         if log and value <= 0:
@@ -363,15 +362,15 @@ def line_plot(title, x_label, y_label, curves, log_x=False, log_y=False):
         text(52, y_pixel(tick) + 4, f"{tick:g}", "text-anchor:end")
     for index, (name, curve) in enumerate(curves.items()):
         colour = COLOURS[index % len(COLOURS)]
-        marker = f'<path fill="{colour}" d="{MARKERS[index % len(MARKERS)]}" transform="translate'
+        opened = f'<path fill="{colour}" d="{MARKERS[index % len(MARKERS)]}" transform="translate'
         points = [(x_pixel(x), y_pixel(y), "".join(words)) for x, y, *words in curve]
         points = [p for p in points if math.isfinite(p[0] + p[1])]  # a log axis cannot show zero
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in points)
         svg.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for x, y, words in points:
-            svg.append(f'{marker}({x:.1f} {y:.1f})"/>')
+            svg.append(f'{opened}({x:.1f} {y:.1f})"/>')
             text(x, y - 10, words, f"fill:{colour}")
-        svg.append(f'{marker}(520 {70 + 22 * index})"/>')
+        svg.append(f'{opened}(520 {70 + 22 * index})"/>')
         text(532, 75 + 22 * index, name, f"fill:{colour};text-anchor:start")
     look = f'role="img" aria-label="{html.escape(title)}" font-family="sans-serif" font-size="13"'
     start = f'<svg xmlns="http://www.w3.org/2000/svg" width="720" viewBox="0 0 720 400" {look}'
@@ -405,7 +404,7 @@ def page(title, intro, lines, pictures, groups, sample_rate):
         body.append(f"<tr><th scope='row'>{html.escape(name)}</th>{columns}</tr>")
     body = [*body, "</table></div>"] if lines else []
     body.extend(pictures)
-    body.append(f"<p>Spectrograms: up to {sample_rate / 2:g} Hz; bright is loud, over 70 dB.</p>")
+    body.append(f"<p>Spectrograms: up to {sample_rate / 2:g} Hz; bright is loud (70 dB).</p>")
     for heading, clips in groups.items():
         body.append(f"<h2>{html.escape(heading)}</h2><div class='clips'>")
         for caption, wave in clips:
@@ -428,14 +427,14 @@ def page(title, intro, lines, pictures, groups, sample_rate):
 def report(world, title, note, rows, spread, clips):
     """What `presto.py eval` found, as text and as an HTML page. rows: those of `table`.
 
-    spread: {model: [(sigma, ratio), ...]}. clips: {name: waves}, in the order of world.PROMPTS.
+    spread: {model: [(sigma, ratio), ...]}. clips: {name: waves}; waves[label] is of that class.
     """
     lines = table(rows)
     heading = "Variance of answers within a class over that of real latents, by the input's sigma"
     text = [title, note, "", aligned(lines), "", f"{heading}; 1 is right:"]
     for model, points in spread.items():
         text.append(f"{model:9}" + "".join(f"  {s:.3g}: {ratio:.2f}" for s, ratio in points))
-    quality = {}  # model: [(ms, fd, steps), ...], from fast to slow
+    quality = {}  # model: [(ms, fd, steps), ...], from fast to slow, without rows of w = 1
     for name, row in sorted(rows.items(), key=lambda item: item[1].get("ms", 0)):
         model, *settings = name.split(", ")  # such as "teacher", ["16 steps", "w = 2"]
         if "ms" in row and settings[1:] != ["w = 1"]:
