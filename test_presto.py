@@ -194,10 +194,9 @@ def test_the_vae_loss_is_relative_error_plus_spectrum_plus_kl_and_finite_for_sil
     kl = torch.distributions.kl_divergence(posterior, unit).mean().item()
     record(vae.decoder[0], calls := [])
     loss, error = presto.vae_loss(vae, wave, with_(kl_weight=2.0))
-    expected = ((0.1 - wave).square().sum(1) / wave.square().sum(1)).mean().item()
+    e = ((0.1 - wave).square().sum(1) / wave.square().sum(1)).mean().item()
     spectra = presto.stft_distance(torch.full_like(wave, 0.1), wave).item()
-    assert error.item() == approx(expected, rel=1e-4)
-    assert loss.item() == approx(expected + 0.2 * spectra + 2 * kl, rel=1e-4)
+    assert [error.item(), loss.item()] == approx([e, e + 0.2 * spectra + 2 * kl], rel=1e-4)
     drawn = calls[0]["input"]  # latents (batch, frames, channels)
     assert near(drawn.std((0, 1)).log(), log_std, 0.4) and near(drawn[..., 0].mean(), 1.5, 0.1)
 
@@ -424,8 +423,7 @@ def test_each_loss_of_presto_s_is_a_sum_over_noised_latents_and_every_part_has_i
     x_gen, head = torch.full(SHAPE, 3.0, requires_grad=True), torch.nn.Identity()
     real, fake = a_score_of(1.0, []), a_score_of(4.0, seen)
     presto.generator_loss(x_gen, LABELS, real, fake, head, cfg).backward()
-    dmd, gan = (4 - 1) / (3 - 1), 0.5 * 2 * (seen[1][0] - 1)
-    assert near(x_gen.grad * x_gen.numel(), dmd + gan, 1e-3)
+    assert near(x_gen.grad * x_gen.numel(), (4 - 1) / (3 - 1) + 0.5 * 2 * (seen[1][0] - 1), 1e-3)
     loss = presto.fake_score_loss(x_gen, x_real, LABELS, fake, head, cfg)
     (_, dsm), (a, level), (b, same_level) = seen[2:]  # DSM's answer is 4, its target 3
     gan = a.square().mean() + (b - 1).square().mean()  # 0 for generated ones, 1 for real ones
@@ -561,16 +559,17 @@ def weights_in(folder, stages="*"):
             for weight in torch.load(path)["state"]["model"].values()]
 
 def test_an_interruption_in_every_stage_ends_bit_for_bit_as_none(trained, tmp_path, monkeypatch):
-    stopped = []
+    stopped, seeds = [], set()
     class Stops(presto.Run):
         def log(self, model=None, **values):
+            seeds.add(torch.initial_seed())  # all 15 updates differ in what they draw
             super().log(model, **values)
             if self.update == 1 and self.stage not in stopped:
                 stopped.append(self.stage)
                 raise KeyboardInterrupt
     monkeypatch.setattr(presto, "Run", Stops)
     status = [presto.main([*TRAIN, str(tmp_path), "--save_every", "0"]) for _ in range(6)]
-    assert status == [130] * 5 + [0] and stopped == presto.STAGES
+    assert status == [130] * 5 + [0] and stopped == presto.STAGES and len(seeds) == 15
     assert same(weights_in(trained), weights_in(tmp_path))
 
 def test_a_run_refuses_other_settings_of_finished_stages_and_takes_those_of_later(folder, capsys):
@@ -658,6 +657,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
 
 def test_a_full_disk_leaves_the_old_file_and_no_half_of_a_new(tmp_path):
     presto.write_file(tmp_path / "file", b"old")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
     try:
