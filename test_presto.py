@@ -531,7 +531,7 @@ def test_students_are_called_once_per_step_unguided_and_teachers_by_heun_with_gu
 def test_the_spread_of_answers_is_their_variance_within_classes_over_that_of_the_data():
     def denoise(x, sigma, label):
         mean = 0.8 * label[:, None, None] - 0.4
-        return mean + 2 * (x - mean)
+        return mean + sigma / 0.15 * (x - mean)  # twice, if asked at the right level
     spread = presto.spread_by_level(denoise, *toy_latents(256), torch.tensor(0.3))
     assert spread == approx(2**2 * 2, rel=0.15)  # of the data, and of as much noise
 
