@@ -66,7 +66,6 @@ import itertools
 import json
 import math
 import pathlib
-import statistics
 import sys
 import time
 import zipfile
@@ -142,8 +141,9 @@ class Config:
     fake_updates: int = setting("presto-s", 5, "fake-score updates per generator update (paper: 5)")
     student_batch: int = setting("presto-s", 16, "clips per update of Presto-S and -LS")
     student_updates: int = setting("presto-s", 225, "updates of the generator")
-    generator_lr: float = setting("presto-s", 1e-4, "learning rate of the generator (paper: 5e-7)")
-    fake_lr: float = setting("presto-s", 2e-4, "learning rate of fake score and head, constant")
+    anchor: float = setting("presto-s", 30.0, "weight of anchor_loss (ours; 0: the paper's loop)")
+    generator_lr: float = setting("presto-s", 2e-4, "learning rate of the generator (paper: 5e-7)")
+    fake_lr: float = setting("presto-s", 4e-4, "learning rate of fake score and head, constant")
     student_ema: float = setting("presto-s", 0.98, "decay of the generator's averaged weights")
     fractions_ls: tuple = setting("presto-ls", (1, 1, 1, 1, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63),
                                   "as fractions, but milder: few calls must do all (our reading)")
@@ -177,9 +177,8 @@ PRESETS = {
             "num_heads": 6, "clips": 65536, "teacher_updates": 20000, "batch": 256, "ema": 0.9995,
             "teacher_lr": 5e-4, "layer_updates": 4000, "student_batch": 64},
     "tiny": {"latent_channels": 4, "vae_width": 16, "vae_blocks": 1, "vae_updates": 4, "clips": 64,
-             "vae_batch": 4, "width": 16, "depth": 4, "num_heads": 2, "batch": 8,
-             "student_batch": 4, "teacher_updates": 4, "layer_updates": 3, "student_updates": 2,
-             "warm_updates": 2, "teacher_steps": 4},
+             "width": 16, "depth": 4, "batch": 8, "student_batch": 4, "teacher_updates": 4,
+             "layer_updates": 3, "student_updates": 2, "warm_updates": 2, "teacher_steps": 4},
 }
 
 # ---- Part 1. VAE: waveform <-> latents -----------------------------------------------------------
@@ -389,8 +388,8 @@ def draw_sigma(distribution, count, cfg, device):
     """Draw noise levels (count,) from one of the distributions of the symbols table."""
     if distribution == "train":  # ln sigma is Gaussian (EDM, table 1)
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
-    if distribution == "inf":  # the levels of student_sigmas, for every number of steps at once
-        return rho_schedule(cfg.u_end * torch.rand(count, device=device), cfg)
+    if distribution == "inf":  # nearly the levels of student_sigmas(steps), steps 1 to 8 mixed
+        return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
     # "discrete": the students' own four levels, as in DMD2
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
@@ -461,10 +460,6 @@ def optimizer_step(loss, optimizer, lr):
         group["lr"] = lr
     optimizer.step()
 
-def make_ema(model, decay):
-    """An exponential moving average of the weights: less noisy. It is what is sampled and saved."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-
 def train_vae(run):
     cfg = run.cfg
     vae = VAE(cfg).to(run.device)
@@ -505,7 +500,8 @@ def teacher_loss(model, x_real, label, sigma, cfg):
 def train_denoiser(run, stage, model, loss_of, updates, lr):
     """Train the teacher or Presto-L. They differ in their loss, and in what they start from."""
     cfg = run.cfg
-    ema = make_ema(model, cfg.ema)
+    # The exponential moving average of the weights is less noisy. It is what is saved and sampled.
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
@@ -605,9 +601,16 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """A loss whose gradient on x_gen is `gradient` / number of elements. Its value, the mean of
-    gradient^2 / 2, does not show progress: the errors of the fake score itself keep it up."""
+    """Its gradient on x_gen is `gradient` / number of elements. Its value shows no progress."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
+
+def anchor_loss(x_gen, x_real, sigma, cfg):
+    """Ours: c_skip (x_gen - x_real)^2, where x_gen is the answer to x_real + sigma * noise. In
+    little noise, one answer is right; DMD is slow to see that it is off by a few percent. But the
+    weights that change for the sake of much noise also work there: answers come to vary too much,
+    and quality falls from 8 steps on. c_skip (Denoiser) is 1 without noise, 0 in much noise."""
+    c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
+    return (c_skip.reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
@@ -640,10 +643,9 @@ def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator starts from Presto-L and drops
     layers. Its scores keep full depth (our reading): they measure, and cost nothing at inference.
     `tell_level` (ours; off is the paper's loop): the generator is called at many noise levels, and
-    the fake score would see a mixture of its answers. If those at high noise vary too little, and
-    those at low noise too much, the mixture looks right: nothing corrects either, and loudness
-    drifts. So the fake score is told sigma_gen, the level of the generator's input (`told` below),
-    and learns each level apart. (Phased DMD, arXiv 2510.27684, has one expert per interval.)"""
+    the fake score would see a mixture of its answers. Two opposite errors at two levels can make
+    the mixture look right: nothing corrects either, and loudness runs away. So the fake score is
+    told sigma_gen, the level of the generator's input (`told` below): it knows the levels apart."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
     short_scores = is_ls and not cfg.full_scores  # then they start at Presto-L, drop layers too
@@ -656,26 +658,28 @@ def train_student(run, stage):
     generator = with_budget(generator_net, fractions, cfg)
     real_score = guided(with_budget(run.load(score_stage), score_fractions, cfg), cfg)
     fake_score = with_budget(fake_net, score_fractions, cfg)
-    ema = make_ema(generator_net, cfg.student_ema)
-    generator_optimizer = torch.optim.Adam(generator_net.parameters(), fused=True)
+    ema = AveragedModel(generator_net, multi_avg_fn=get_ema_multi_avg_fn(cfg.student_ema))
+    # No momentum for the generator: where it should go changes with fake_score (usual in GANs).
+    optimizer = torch.optim.Adam(generator_net.parameters(), betas=(0.0, 0.999), fused=True)
     fake_optimizer = torch.optim.Adam([*fake_net.parameters(), *head.parameters()], fused=True)
     def make_x_gen():
         x_real, label = run.latents.sample_batch(cfg.student_batch)
         sigma = draw_sigma(cfg.p_gen, len(label), cfg, run.device)  # 1
         x_gen = generator(add_noise(x_real, sigma), sigma, label)  # 2
         told = functools.partial(fake_score, sigma_gen=sigma) if cfg.tell_level else fake_score
-        return x_gen, x_real, label, told
+        return x_gen, x_real, label, sigma, told
     for i in run.loop(stage, cfg.student_updates, net=generator_net, ema=ema, fake=fake_net,
-                      head=head, optimizer=generator_optimizer, fake_optimizer=fake_optimizer):
+                      head=head, optimizer=optimizer, fake_optimizer=fake_optimizer):
         # DMD is wrong if fake_score lags: so 5 updates; at first 100, as it starts as the teacher.
         for _ in range(cfg.warm_updates if i == 0 else cfg.fake_updates):
             with torch.no_grad():
-                x_gen, x_real, label, told = make_x_gen()
+                x_gen, x_real, label, _, told = make_x_gen()
             loss_fake = fake_score_loss(x_gen, x_real, label, told, head, cfg)  # 5 to 8
             optimizer_step(loss_fake, fake_optimizer, cfg.fake_lr)
-        x_gen, _, label, told = make_x_gen()  # 1, 2
+        x_gen, x_real, label, sigma, told = make_x_gen()  # 1, 2
         loss = generator_loss(x_gen, label, real_score, told, head, cfg)  # 3, 4, 7, 8
-        optimizer_step(loss, generator_optimizer, lr_at(i, cfg.student_updates, cfg.generator_lr))
+        loss = loss + cfg.anchor * anchor_loss(x_gen, x_real, sigma, cfg)
+        optimizer_step(loss, optimizer, lr_at(i, cfg.student_updates, cfg.generator_lr))
         ema.update_parameters(generator_net)
         # Both losses only oscillate, because they are an equilibrium. Accuracy shows progress.
         run.log(ema.module, loss=loss, fake=loss_fake)
@@ -716,11 +720,10 @@ def spread_by_level(denoise, x_real, label, sigma):
     """Variance of a denoiser's answers to noised x_real within a class, over that of x_real.
     0: it answers with the mean of the class. 1: its answers vary as real latents do. Above: they
     vary too much. x_real (batch, channels, frames), label (batch,), sigma ()."""
+    def variance(x):
+        return sum(x[label == c].var(0).sum() for c in label.unique())
     answers = denoise(add_noise(x_real, sigma), sigma, label)
-    groups = [label == c for c in label.unique()]
-    of_answers = sum(answers[group].var(0).sum() for group in groups)
-    of_real = sum(x_real[group].var(0).sum() for group in groups)
-    return (of_answers / of_real).item()
+    return (variance(answers) / variance(x_real)).item()
 
 # ---- Part 8. Runs, and the command line. No lesson here. -----------------------------------------
 def seed_with(*parts):
@@ -844,17 +847,15 @@ TRAIN = {"vae": train_vae, "teacher": train_teacher, "presto-l": train_presto_l,
          "presto-s": functools.partial(train_student, stage="presto-s"),
          "presto-ls": functools.partial(train_student, stage="presto-ls")}
 def pick_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name} is not on this machine; cpu always is")
 
 def command_train(args):
-    device, preset = pick_device(args.device), args.preset
-    if preset == "auto":
-        preset = "gpu" if device.type == "cuda" else "cpu"
+    device = pick_device(args.device)
+    preset = args.preset or ("gpu" if device.type == "cuda" else "cpu")
     chosen = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
     run = Run(args.out, device, Config(**PRESETS[preset] | chosen), args.seed, args.save_every)
     again = STAGES[STAGES.index(args.stage):] if args.stage else []
@@ -916,8 +917,7 @@ def command_eval(args):
     x_real = torch.cat([vae.encode(part.to(run.device)) for part in real.split(classes)])
     clips = {"real": real, "VAE": torch.cat([vae.decode(x).cpu() for x in x_real.split(classes)])}
     rows = {title: toy_data.score(world, wave, label, reference) for title, wave in clips.items()}
-    models = {stage: run.load(stage) for stage in stages}
-    models["re-noised"] = models["teacher"]
+    models = {name: run.load(name) for name in stages} | {"re-noised": run.load("teacher")}
     first = f"teacher, {full} steps, w = {cfg.w:g}"  # the row to which speed is compared
     wanted = [("teacher", full, cfg.w), ("teacher", full, 1.0), ("presto-l", full, cfg.w)]
     wanted += [("teacher", steps, cfg.w) for steps in (4, 8, 32) if steps != full]
@@ -931,8 +931,8 @@ def command_eval(args):
         waves, seconds = zip(*[make(label=part) for part in label.split(classes)])
         clips[title] = torch.cat(waves)
         row = rows[title] = toy_data.score(world, clips[title], label, reference)
-        row["ms"] = 1000 * statistics.median(alone[3:])
-        row["batch_ms"] = 1000 * statistics.median(seconds) / classes
+        row["ms"] = 1000 * torch.tensor(alone[3:]).median().item()
+        row["batch_ms"] = 1000 * torch.tensor(seconds).median().item() / classes
         row["speedup"] = rows[first]["ms"] / row["ms"]
     spread, fractions = {}, {"presto-l": cfg.fractions, "presto-ls": cfg.fractions_ls}
     for stage, sigma in itertools.product(stages, rho_schedule(torch.linspace(0, 0.7, 8), cfg)):
@@ -963,10 +963,10 @@ def make_parser():
         sub.set_defaults(function=function)
         sub.add_argument(folder, default="runs/presto", help="the run's folder (%(default)s)")
         sub.add_argument("--seed", type=int, default=0, help="same seed, same bytes (0)")
-        sub.add_argument("--device", default="auto", help="cuda, mps or cpu (cuda if there is one)")
+        sub.add_argument("--device", help="cuda, mps or cpu (cuda if there is one)")
         return sub.add_argument
     option = command("train", command_train, "--out", "train, or go on after an interruption")
-    option("--preset", default="auto", choices=["auto", *PRESETS], help="auto: gpu on cuda, or cpu")
+    option("--preset", choices=PRESETS, help="settings of this size (on cuda gpu, else cpu)")
     option("--stage", choices=STAGES, help="train again from this stage on")
     option("--until", choices=STAGES, default=STAGES[-1], help="stop after this stage")
     option("--save_every", type=float, default=60, help="seconds between saves (60)")
