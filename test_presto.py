@@ -8,7 +8,6 @@ import inspect
 import json
 import math
 import os
-import random
 import resource
 import shutil
 import subprocess
@@ -158,7 +157,6 @@ def test_recall_and_coverage_of_points_on_a_line_are_counted_by_hand():
 def test_wasserstein_is_how_far_values_must_move_and_within_class_std_sees_no_other_class():
     a = torch.tensor([0.0, 1, 2])
     assert toy_data.wasserstein(a, a.flip(0) + 5) == approx(5)
-    assert toy_data.wasserstein(a, torch.tensor([1.0])) == approx(2 / 3)
     values, label = torch.tensor([0.0, 2, 100, 104, 7]), torch.tensor([0, 0, 1, 1, 2])
     assert toy_data.within_class_std(values, label) == approx(math.sqrt((2 + 8) / 2))
 
@@ -171,9 +169,8 @@ def test_one_clip_per_class_repeated_is_correct_but_bad_in_recall_coverage_and_s
     assert good["accuracy"] > 0.98 and collapsed["accuracy"] > 0.95
     assert good["recall"] > 0.8 and good["coverage"] > 0.8 and 0.9 < good["spread"] < 1.1
     assert collapsed["recall"] < 0.3 and collapsed["coverage"] < 0.5 and collapsed["spread"] < 0.01
-    for compared in (reference, toy_data.Reference(toy_data, 0 * real, label)):
-        figures = toy_data.score(toy_data, 0 * other, label, compared)  # of silence
-        assert all(math.isfinite(value) for value in figures.values())
+    for compared in (reference, toy_data.Reference(toy_data, 0 * real, label)):  # with silence
+        assert all(map(math.isfinite, toy_data.score(toy_data, 0 * real, label, compared).values()))
 
 # ---- Part 1. VAE --------------------------------------------------------------------------------
 def test_the_vae_loss_is_relative_error_plus_spectrum_plus_kl_and_finite_for_silence():
@@ -298,11 +295,10 @@ def test_schedules_end_where_they_should_p_inf_is_the_students_and_p_train_is_lo
     middle = ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7  # EDM's equation 5 with its own numbers
     assert presto.edm_sigmas(3, CFG).tolist() == approx([80, middle, 0.002, 0], rel=1e-3)
     assert near(presto.student_sigmas(4, CFG), presto.edm_sigmas(6, CFG)[:4])  # the end is left out
-    drawn = presto.draw_sigma("inf", 100_000, CFG, "cpu")
-    visited = torch.cat([presto.student_sigmas(n, CFG).repeat(840 // n) for n in range(1, 9)])
-    assert [drawn.max(), drawn.min()] == approx([80, 0.0851], rel=0.01)  # u = .8
-    for sigma in (40, 10, 3, 1, 0.3):
-        assert (drawn > sigma).float().mean() == approx((visited > sigma).float().mean(), abs=0.1)
+    drawn, numbers = presto.draw_sigma("inf", 100_000, CFG, "cpu"), range(1, 9)  # of steps
+    visited = torch.cat([presto.student_sigmas(n, CFG).repeat(840 // n) for n in numbers])
+    for sigma in (40, 10, 3, 1, 0.3, 0.08):
+        assert near((drawn > sigma).float().mean(), (visited > sigma).float().mean(), 0.08)
     log = presto.draw_sigma("train", 100_000, CFG, "cpu").log()
     assert log.mean() == approx(CFG.P_mean, abs=0.03) and log.std() == approx(CFG.P_std, rel=0.02)
     levels = presto.draw_sigma("discrete", 1000, CFG, "cpu").unique()
@@ -406,15 +402,14 @@ def a_score_of(answer, seen):
     return score
 
 def test_the_dmd_gradient_leads_from_fake_to_real_and_autograd_delivers_it_exactly():
-    real, x_gen, seen = torch.arange(1, 7.0)[:, None, None], torch.zeros(6, 40, 50), []
-    sigma = torch.tensor([0.1, 0.5, 1, 2, 5, 20])
+    real, x_gen = torch.arange(1, 7.0)[:, None, None], torch.zeros(6, 40, 50, requires_grad=True)
+    sigma, seen = torch.tensor([0.1, 0.5, 1, 2, 5, 20]), []
     scores = a_score_of(real, seen), a_score_of(-1.0, seen)
     g = presto.dmd_gradient(x_gen, sigma, LABELS, *scores)
     assert near(g, ((-1 - real) / real).expand(g.shape))  # x_gen goes against it
     assert torch.equal(seen[0][0], seen[1][0]) and near(seen[0][0].std((1, 2)) / sigma, 1.0, 0.1)
-    x = x_gen.clone().requires_grad_()
-    presto.dmd_loss(x, g).backward()
-    assert near(x.grad * x.numel(), g)
+    presto.dmd_loss(x_gen, g).backward()
+    assert near(x_gen.grad * x_gen.numel(), g)
     assert not presto.dmd_gradient(x_gen, sigma, LABELS, scores[0], scores[0]).any()  # they agree
 
 def test_each_loss_of_presto_s_is_a_sum_over_noised_latents_and_every_part_has_its_gradient():
@@ -432,12 +427,9 @@ def test_each_loss_of_presto_s_is_a_sum_over_noised_latents_and_every_part_has_i
     for (x, sigma), clean in zip(seen, (3, 3, 3, 3, 5)):
         assert near(((x - clean) / sigma[:, None, None]).std(), 1.0, 0.15)
     assert torch.equal(level, same_level)
-
-def test_the_anchor_draws_an_answer_to_x_real_the_more_the_less_noise_was_in_its_input():
-    x_real, x_gen = torch.zeros(SHAPE), torch.full(SHAPE, 3.0, requires_grad=True)
-    presto.anchor_loss(x_gen, x_real, torch.tensor([0, 0.1, 0.5, 1, 10, 80]), CFG).backward()
-    share = torch.tensor([1, 0.25 / 0.26, 0.5, 0.2, 0.25 / 100.25, 0.25 / 6400.25])  # of the input
-    assert near(x_gen.grad * x_gen.numel(), (2 * 3 * share)[:, None, None].expand(SHAPE))
+    level, share = torch.tensor([0, 0.1, 0.5, 1, 10]), [1, 0.25 / 0.26, 0.5, 0.2, 0.25 / 100.25]
+    loss = presto.anchor_loss(x_gen[:5], x_real[:5], level, cfg)  # x_real's share of the input
+    assert near(loss, (3 - 5) ** 2 * sum(share) / 5)
 
 def student_bench(stage="presto-s", **changes):
     cfg = with_(student_updates=3, warm_updates=4, fake_updates=2, **changes)
@@ -509,6 +501,7 @@ def test_the_teacher_learns_means_in_one_step_and_presto_s_learns_samples(teache
         assert levels(teacher, one, presto.sample_multistep, label)[1] < 0.12
         sampled = levels(student, one, presto.sample_multistep, label)
         assert sampled[0] == approx(mean, abs=0.2) and 0.13 < sampled[1] < 0.5
+    assert near(presto.spread_by_level(student, *toy_latents(512), torch.tensor(0.3)), 1.0, 0.15)
 
 def test_multistep_sampling_renoises_to_exactly_the_next_sigma_and_ends_with_an_answer():
     seen, sigmas, noise = [], presto.student_sigmas(4, CFG), torch.randn(64, 4, 16)
@@ -645,7 +638,6 @@ def test_another_data_module_without_pitch_goes_through_all_commands(tmp_path, m
     monkeypatch.setattr(sys.modules["bursts"], "PROMPTS", ["one", "two"])
     assert presto.main([*train, "bursts"]) == 2 and "prompts (" in capsys.readouterr().err
 
-# ---- Faults -------------------------------------------------------------------------------------
 @pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes; run with SLOW=1")
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     long = ["--vae_updates", "60", "--teacher_updates", "60", "--layer_updates", "60"]
@@ -655,7 +647,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
         process = subprocess.Popen([sys.executable, presto.__file__, *train], stdout=-1)
         process.stdout.readline()  # "Training ...": from now on, any moment will do
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(random.uniform(0, 0.2))
+            process.wait(0.2 * torch.rand(()).item())
         process.kill()
         killed += process.wait() == -9
     assert killed > 5 and presto.main(train) == 0
