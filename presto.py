@@ -34,7 +34,7 @@ SYMBOLS (the paper's name, then the name in this file)
     p_gen, p_DMD    p_gen, p_dmd    "train" or "inf": the noise at steps 1 and 3 of the loop below
     p_DSM, p_GAN    p_dsm, p_gan    the same, at steps 5 and 7 (p_gen: also "discrete", as in DMD2)
 
-DSM, denoising score matching, trains every denoiser here (why "score": see dmd_gradient). DMD,
+DSM, denoising score matching, trains teacher and fake score (why "score": see dmd_gradient). DMD,
 distribution matching distillation, trains a generator until its outputs are distributed as the
 teacher's. DMD2 adds a GAN: a discriminator learns to tell real from generated, the generator to
 deceive it. ASE, a simple early-exiting framework, runs fewer of a network's blocks in more noise.
@@ -126,10 +126,10 @@ class Config:
     self_teacher: float = setting("presto-l", 1.0, "weight of L_st: full depth teaches short pass")
     layer_updates: int = setting("presto-l", 800, "updates of Presto-L")
     layer_lr: float = setting("presto-l", 3e-4, "learning rate of Presto-L (ASE: 1e-5)")
-    w: float = setting("presto-s", 1.5, "guidance of the teacher, and of the real score in DMD")
+    w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
     parallel: float = setting("presto-s", 0.1, "share kept of parallel guidance (ours, see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
-    u_end: float = setting("presto-s", 0.8, "on the rho-schedule, students' levels end before it")
+    u_end: float = setting("presto-s", 0.8, "students' levels end before this u of rho_schedule")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
     p_dsm: str = setting("presto-s", "train", "noise under which the fake score learns", NOISE)
@@ -202,7 +202,7 @@ class ResidualBlock(nn.Module):
         return h + self.out(a * F.silu(b))
 
 class VAE(nn.Module):
-    """A 1-D convolutional VAE. From Part 2 on, only `encode` and `decode` are used."""
+    """A 1-D convolutional VAE. After its training, only `encode` and `decode` are used."""
     def __init__(self, cfg):
         super().__init__()
         w, s, c, n = cfg.vae_width, cfg.stride, cfg.latent_channels, cfg.vae_blocks
@@ -278,11 +278,11 @@ class Block(nn.Module):
         return h + gate2 * self.mlp(self.norm(h) * (1 + scale2) + shift2)
 
 class LevelEmbedding(nn.Module):
-    """c_noise = ln(sigma) / 4 (batch,) -> conditioning (batch, width), by Fourier features."""
+    """c_noise = ln(sigma) / 4 (batch,) -> conditioning (batch, width), by Fourier features: an MLP
+    hardly sees small steps of one number, but waves of many lengths show them."""
     def __init__(self, width):
         super().__init__()
-        # From sigma_min to sigma_max, c_noise spans 2.6. The wavelengths: 2 pi to 2 pi / 100.
-        self.register_buffer("frequencies", torch.logspace(0, 2, width // 2))
+        self.register_buffer("frequencies", torch.logspace(0, 2, width // 2))  # c_noise spans 2.6
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, c_noise):
@@ -349,8 +349,8 @@ class DiT(nn.Module):
 #     label  class index, or cfg.null for none      (batch,)
 #     x0     clean latents                          (batch, channels, frames)
 # The x0 of a teacher is E[x0 | x], the mean of all clean latents that x may come from. The x0 of a
-# generator is one sample of them. Teacher, fake score and generator are denoisers, and so are the
-# wrapped ones that `guided` and `with_budget` return. Every sampler takes any of them.
+# generator is one sample of them. Every sampler takes any denoiser, wrapped by `guided` and
+# `with_budget` or not. (The fake score, which only losses call, is told sigma_gen, too: Part 6.)
 class Denoiser(nn.Module):
     """D = c_skip x + c_out F (EDM, equation 7): input and target of the DiT F have variance 1."""
     def __init__(self, cfg):
@@ -381,16 +381,16 @@ def edm_sigmas(steps, cfg):
 
 def student_sigmas(steps, cfg):
     """The students' noise levels (steps,): u in equal steps from 0, below u_end (our reading). For
-    4 steps 80, 24, 5.8, 0.97. EDM's u ends at 1: there D is nearly x, and a call is wasted."""
+    4 steps 80, 24, 5.8, 0.97. An ODE ends at 0. But a jump to x0 from near 0 is a wasted call."""
     return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
-    """Draw noise levels (count,) from one of the distributions of the symbols table."""
+    """Draw noise levels (count,). "train" hardly ever draws sigma_max, where sampling starts: so
+    the generator's input needs "inf". "discrete": the students' own four levels, as in DMD2."""
     if distribution == "train":  # ln sigma is Gaussian (EDM, table 1)
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
-    if distribution == "inf":  # nearly the levels of student_sigmas(steps), steps 1 to 8 mixed
+    if distribution == "inf":  # as student_sigmas(1) to (8) mixed: all start at u = 0, so squared
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
-    # "discrete": the students' own four levels, as in DMD2
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
 def add_noise(x, sigma):  # (batch, channels, frames), () or (batch,)
@@ -505,9 +505,10 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
-        # As on the web, some captions are wrong (ours). They pull mu(x, label) towards mu(x, null),
-        # the mean over all classes. So guidance, which leads away from mu(x, null), has work to do.
-        if hasattr(cfg.world, "misname"):  # a data module may lack it. Students never come here
+        # As on the web, some captions are wrong (ours). They pull mu(x, label) to mu(x, null), the
+        # mean over all classes. So guidance, which leads away from it, has work to do. (In Part 6
+        # all are right: a wrong one would ask the generator to turn one tone into another.)
+        if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
         is_dropped = torch.rand(len(label), device=run.device) < cfg.label_dropout
@@ -530,15 +531,15 @@ def train_teacher(run):
 # of a DiT grows sharply in its last blocks, and the output layer learnt to read what the last block
 # writes. An early exit shows it something else. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
-#   2. The network is told its budget, and can make up for what is dropped (DiT.budget_table).
-#   3. L_st: the full-depth pass teaches the short one (layer_loss).
+#   2. The network is told its budget. ASE's must guess what is dropped (DiT.budget_table).
+#   3. L_st: the full-depth pass teaches the short one. ASE has noisy targets only (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
     `fractions` of the depth belong to equal bins of 1 - u of the rho-schedule, from clean to noisy
     (our reading of ASE's time): so the teacher's steps are spread evenly over the bins."""
     bins = len(fractions)
     edges = rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,), rising
-    edges = 0.999 * edges  # students' levels lie on edges (u = 0.2): then the noisier bin counts
+    edges = 0.999 * edges  # a level on an edge (students': u = 0.2) belongs to the noisier bin
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
     return int(budget) if sigma.ndim == 0 else budget
@@ -569,9 +570,9 @@ def train_presto_l(run):
     return train_denoiser(run, "presto-l", model, layer_loss, cfg.layer_updates, cfg.layer_lr)
 
 # ---- Part 6. Presto-S and Presto-LS: fewer steps -------------------------------------------------
-# The mean of all latents that fit pure noise is a blur, and so a teacher must be called many times.
-# Presto-S makes a generator of it, whose one answer is a sample. No x_real is its target: the
-# distribution of its answers is pulled to that of the data.
+# The mean of all latents that pure noise may come from is a blur: a teacher must be called often.
+# Presto-S makes a generator of it, whose one answer is a sample: the distribution of its answers is
+# pulled to that of the data.
 class Discriminator(nn.Module):
     """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It
     gives about two answers per second of audio (paper: 2.8): so it says where a clip is wrong."""
@@ -601,13 +602,13 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """Its gradient on x_gen is `gradient` / number of elements. Its value shows no progress."""
+    """Its gradient on x_gen is `gradient` / number of elements. Its value only oscillates."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
     """Ours: c_skip (x_gen - x_real)^2, where x_gen is the answer to x_real + sigma * noise. In
-    little noise, one answer is right; DMD is slow to see that it is off by a few percent. But the
-    weights that change for the sake of much noise also work there: answers come to vary too much,
+    little noise, one answer is right; DMD is slow to see that it is off by a few percent. Updates
+    made for much noise change the same weights and spoil these answers: they come to vary too much,
     and quality falls from 8 steps on. c_skip (Denoiser) is 1 without noise, 0 in much noise."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
@@ -616,7 +617,7 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head reads features of the fake score (DMD2): the teacher does not know the
     generator's faults. L_DMD is a mean over the elements of a latent: 192 here, far more in the
-    paper. So its gradient is larger here, and nu1 is, too (nu2 keeps nu2 / nu1)."""
+    paper. So its gradient is larger here, and nu1 is, too: 30 times, by trial, as is nu2."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -681,8 +682,7 @@ def train_student(run, stage):
         loss = loss + cfg.anchor * anchor_loss(x_gen, x_real, sigma, cfg)
         optimizer_step(loss, optimizer, lr_at(i, cfg.student_updates, cfg.generator_lr))
         ema.update_parameters(generator_net)
-        # Both losses only oscillate, because they are an equilibrium. Accuracy shows progress.
-        run.log(ema.module, loss=loss, fake=loss_fake)
+        run.log(ema.module, loss=loss, fake=loss_fake)  # an equilibrium: watch accuracy
     return ema.module
 
 @torch.no_grad()
@@ -927,7 +927,7 @@ def command_eval(args):
         make = functools.partial(make_clips, name, models[name], vae, steps=steps,
                                  cfg=dataclasses.replace(cfg, w=w or cfg.w))
         alone = [make(label=label[:1])[1] for _ in range(23)]  # the first three are a warm-up
-        seed_with(args.seed, "noise")  # the same noise for every row
+        seed_with(args.seed, "noise")  # the same seed for every row
         waves, seconds = zip(*[make(label=part) for part in label.split(classes)])
         clips[title] = torch.cat(waves)
         row = rows[title] = toy_data.score(world, clips[title], label, reference)
