@@ -30,7 +30,7 @@ SYMBOLS (the paper's name, then the name in this file)
     G_phi           generator       the few-step student
     D_psi           head            the discriminator's head, on fake_score's half-way features
     p(sigma^train)  "train"         the noise levels on which the teacher was trained
-    p(sigma^inf)    "inf"           inference: the noise levels that a sampler visits, continuous
+    p(sigma^inf)    "inf"           inference: levels that the students' sampler visits, continuous
     p_gen, p_DMD    p_gen, p_dmd    "train" or "inf": the noise at steps 1 and 3 of the loop below
     p_DSM, p_GAN    p_dsm, p_gan    the same, at steps 5 and 7 (p_gen: also "discrete", as in DMD2)
 
@@ -51,7 +51,7 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     4  Two denoisers look at it. real_score knows the real data; fake_score knows what the
        generator makes. Their difference points from generated to real: the generator follows it.
     5  x_gen is noised at a level drawn from p_dsm,
-    6  and fake_score learns to denoise it. So it keeps up with the generator.
+    6  and fake_score learns to denoise it. If it lags, x_gen is driven from where it was before.
     7  x_gen and x_real are noised at a level drawn from p_gan,
     8  and the head learns to tell them apart. The generator learns to deceive it.
     An update: five times 1, 2, 5 to 8 (trains fake_score, head); once 1 to 4, 7, 8 (generator).
@@ -99,7 +99,7 @@ class Config:
     latent_channels: int = setting("vae", 12, "channels of a latent frame")
     vae_width: int = setting("vae", 128, "channels inside the VAE")
     vae_blocks: int = setting("vae", 4, "residual blocks of encoder and decoder each")
-    kl_weight: float = setting("vae", 4e-3, "KL: less makes latents fragile, more the VAE inexact")
+    kl_weight: float = setting("vae", 4e-3, "KL: too low, fragile latents; too high, inexact VAE")
     vae_updates: int = setting("vae", 3000, "updates of the VAE")
     vae_batch: int = setting("vae", 16, "clips per update; many small batches beat few large ones")
     vae_lr: float = setting("vae", 1e-3, "learning rate of the VAE")
@@ -186,7 +186,7 @@ PRESETS = {
 class ResidualBlock(nn.Module):
     """h + out(a * silu(b)), where a and b are two convolutions of norm(h) (Dauphin et al. 2017).
     A tone is a product: amplitude times harmonics times envelope. A block that can multiply learns
-    it much faster. The norm is over channels only: over time it would erase the envelope."""
+    it much faster. The norm is per frame: h keeps each frame's level."""
     def __init__(self, width):
         super().__init__()
         self.norm = nn.RMSNorm(width)
@@ -381,7 +381,7 @@ def edm_sigmas(steps, cfg):
 
 def student_sigmas(steps, cfg):
     """The students' noise levels (steps,): u in equal steps from 0, below u_end (our reading). For
-    4 steps 80, 24, 5.8, 0.97. An ODE ends at 0. But a jump to x0 from near 0 is a wasted call."""
+    4 steps 80, 24, 5.8, 0.97. They end early: near 0, a call would change hardly anything."""
     return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
@@ -389,7 +389,7 @@ def draw_sigma(distribution, count, cfg, device):
     the generator's input needs "inf". "discrete": the students' own four levels, as in DMD2."""
     if distribution == "train":  # ln sigma is Gaussian (EDM, table 1)
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
-    if distribution == "inf":  # as student_sigmas(1) to (8) mixed: all start at u = 0, so squared
+    if distribution == "inf":  # squared: u near 0 is commonest, as in student_sigmas(1) to (8)
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
@@ -505,9 +505,9 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
-        # As on the web, some captions are wrong (ours). They pull mu(x, label) to mu(x, null), the
-        # mean over all classes. So guidance, which leads away from it, has work to do. (In Part 6
-        # all are right: a wrong one would ask the generator to turn one tone into another.)
+        # As on the web, some captions are wrong (ours). They pull mu(x, label) towards other
+        # classes, as mu(x, null) is. So guidance, which leads away from that, has work to do. (In
+        # Part 6 all are right: a wrong one would ask to turn one tone into another.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -539,7 +539,7 @@ def budget_at(sigma, fractions, cfg):
     (our reading of ASE's time): so the teacher's steps are spread evenly over the bins."""
     bins = len(fractions)
     edges = rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,), rising
-    edges = 0.999 * edges  # a level on an edge (students': u = 0.2) belongs to the noisier bin
+    edges = 0.999 * edges  # a level on an edge, as u = 0.2 of 4 steps, goes to the noisier bin
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
     return int(budget) if sigma.ndim == 0 else budget
@@ -554,8 +554,8 @@ def with_budget(model, fractions, cfg):
 
 def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM of the short pass + self_teacher * L_st. ASE has L_DSM alone.
-    L_st has the same form. Its target is what the same weights answer at full depth, no gradient
-    (our reading): nearly the mean E[x0 | x], while x_real is one sample, and so noisier."""
+    L_st's target is what the same weights answer at full depth: nearly the mean E[x0 | x], while
+    x_real is one noisy sample. It has no gradient (our reading): full depth must not learn here."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -572,7 +572,7 @@ def train_presto_l(run):
 # ---- Part 6. Presto-S and Presto-LS: fewer steps -------------------------------------------------
 # The mean of all latents that pure noise may come from is a blur: a teacher must be called often.
 # Presto-S makes a generator of it, whose one answer is a sample: the distribution of its answers is
-# pulled to that of the data.
+# pulled to that of the guided teacher.
 class Discriminator(nn.Module):
     """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It
     gives about two answers per second of audio (paper: 2.8): so it says where a clip is wrong."""
@@ -592,7 +592,7 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
         g = (mu_fake(x) - mu_real(x)) / mean|x_gen - mu_real(x)|,   x = x_gen + sigma * noise
     A denoiser is a score in disguise: grad log p(x) = (mu(x) - x) / sigma^2 (Tweedie), where p is
     the density of noised latents. So mu_fake - mu_real is sigma^2 times the gradient of
-    r = log(p_generated / p_real). KL is the mean of r over generated x: so both see noised x_gen.
+    r = log(p_generated / p_real). KL is the mean of r over generated x: so x is a noised x_gen.
     Descent moves x_gen to where real latents are more frequent than generated ones. That both
     answers are blurs does no harm: the formula needs means. The divisor: all clips count alike."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
@@ -609,15 +609,15 @@ def anchor_loss(x_gen, x_real, sigma, cfg):
     """Ours: c_skip (x_gen - x_real)^2, where x_gen is the answer to x_real + sigma * noise. In
     little noise, one answer is right; DMD is slow to see that it is off by a few percent. Updates
     made for much noise change the same weights and spoil these answers: they come to vary too much,
-    and quality falls from 8 steps on. c_skip (Denoiser) is 1 without noise, 0 in much noise."""
+    and 8 calls end worse than 4. c_skip is 1 without noise, 0 in much: there, it would blur."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head reads features of the fake score (DMD2): the teacher does not know the
-    generator's faults. L_DMD is a mean over the elements of a latent: 192 here, far more in the
-    paper. So its gradient is larger here, and nu1 is, too: 30 times, by trial, as is nu2."""
+    generator's faults. On one element L_DMD's gradient is g / count. Here count is 192, far less
+    than in the paper, and the gradient larger: so nu1 and nu2 are, too, 30 times (by trial)."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -671,7 +671,7 @@ def train_student(run, stage):
         return x_gen, x_real, label, sigma, told
     for i in run.loop(stage, cfg.student_updates, net=generator_net, ema=ema, fake=fake_net,
                       head=head, optimizer=optimizer, fake_optimizer=fake_optimizer):
-        # DMD is wrong if fake_score lags: so 5 updates; at first 100, as it starts as the teacher.
+        # DMD is wrong if fake_score lags: so 5 updates; at first 100: it starts from the teacher.
         for _ in range(cfg.warm_updates if i == 0 else cfg.fake_updates):
             with torch.no_grad():
                 x_gen, x_real, label, _, told = make_x_gen()
@@ -687,10 +687,10 @@ def train_student(run, stage):
 
 @torch.no_grad()
 def sample_multistep(denoise, x, sigmas, label):
-    """The students' sampler: denoise to x0, noise that to the next sigma, repeat.
-    No guidance: the generator learnt from a guided score. x: noise of standard deviation sigmas[0]
-    (batch, channels, frames). In training the input is noised x_real, here a noised x0: the same,
-    if x0 looks real. And all levels were trained ("inf"): so any number of steps works (paper)."""
+    """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (An ODE's slope
+    needs the mean E[x0 | x].) No guidance: it was learnt. x: noise of deviation sigmas[0] (batch,
+    channels, frames). In training the input is noised x_real, here a noised x0: the same, if x0
+    looks real. And all levels were trained ("inf"): so any number of steps works (paper)."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)
@@ -698,7 +698,7 @@ def sample_multistep(denoise, x, sigmas, label):
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # re-noised: the unguided teacher
+STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # re-noised: the teacher, their sampler
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
     """Clips (batch, time) on the CPU for label (batch,), and the seconds that they took. Noise is
