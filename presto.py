@@ -51,7 +51,7 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     4  Two denoisers look at it. real_score knows the real data; fake_score knows what the
        generator makes. Their difference points from generated to real: the generator follows it.
     5  x_gen is noised at a level drawn from p_dsm,
-    6  and fake_score learns to denoise it. If it lags, x_gen is driven from where it was before.
+    6  and fake_score learns to denoise it. Late, it would drive x_gen away from its own past.
     7  x_gen and x_real are noised at a level drawn from p_gan,
     8  and the head learns to tell them apart. The generator learns to deceive it.
     An update: five times 1, 2, 5 to 8 (trains fake_score, head); once 1 to 4, 7, 8 (generator).
@@ -129,7 +129,7 @@ class Config:
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
     parallel: float = setting("presto-s", 0.1, "share kept of parallel guidance (ours, see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
-    u_end: float = setting("presto-s", 0.8, "students' levels end before this u of rho_schedule")
+    u_end: float = setting("presto-s", 0.8, "students stop at this share of the way to no noise")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
     p_dsm: str = setting("presto-s", "train", "noise under which the fake score learns", NOISE)
@@ -141,7 +141,7 @@ class Config:
     fake_updates: int = setting("presto-s", 5, "fake-score updates per generator update (paper: 5)")
     student_batch: int = setting("presto-s", 16, "clips per update of Presto-S and -LS")
     student_updates: int = setting("presto-s", 225, "updates of the generator")
-    anchor: float = setting("presto-s", 30.0, "weight of anchor_loss (ours; 0: the paper's loop)")
+    anchor: float = setting("presto-s", 30.0, "weight of anchor_loss (ours)")
     generator_lr: float = setting("presto-s", 2e-4, "learning rate of the generator (paper: 5e-7)")
     fake_lr: float = setting("presto-s", 4e-4, "learning rate of fake score and head, constant")
     student_ema: float = setting("presto-s", 0.98, "decay of the generator's averaged weights")
@@ -389,7 +389,7 @@ def draw_sigma(distribution, count, cfg, device):
     the generator's input needs "inf". "discrete": the students' own four levels, as in DMD2."""
     if distribution == "train":  # ln sigma is Gaussian (EDM, table 1)
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
-    if distribution == "inf":  # squared: u near 0 is commonest, as in student_sigmas(1) to (8)
+    if distribution == "inf":  # squared: small u is commonest, as in schedules of 1 to 8 steps
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
@@ -505,8 +505,8 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
-        # As on the web, some captions are wrong (ours). They pull mu(x, label) towards other
-        # classes, as mu(x, null) is. So guidance, which leads away from that, has work to do. (In
+        # As on the web, some captions are wrong (ours). They mix other classes into mu(x, label):
+        # it comes nearer to mu(x, null). Guidance leads away from there, and so undoes this. (In
         # Part 6 all are right: a wrong one would ask to turn one tone into another.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
@@ -531,7 +531,7 @@ def train_teacher(run):
 # of a DiT grows sharply in its last blocks, and the output layer learnt to read what the last block
 # writes. An early exit shows it something else. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
-#   2. The network is told its budget. ASE's must guess what is dropped (DiT.budget_table).
+#   2. The network is told its budget. ASE's must infer it from sigma (DiT.budget_table).
 #   3. L_st: the full-depth pass teaches the short one. ASE has noisy targets only (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
@@ -539,7 +539,7 @@ def budget_at(sigma, fractions, cfg):
     (our reading of ASE's time): so the teacher's steps are spread evenly over the bins."""
     bins = len(fractions)
     edges = rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,), rising
-    edges = 0.999 * edges  # a level on an edge, as u = 0.2 of 4 steps, goes to the noisier bin
+    edges = 0.999 * edges  # a level on an edge (a student's u = 0.2) goes to the noisier bin
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
     return int(budget) if sigma.ndim == 0 else budget
@@ -608,16 +608,16 @@ def dmd_loss(x_gen, gradient):
 def anchor_loss(x_gen, x_real, sigma, cfg):
     """Ours: c_skip (x_gen - x_real)^2, where x_gen is the answer to x_real + sigma * noise. In
     little noise, one answer is right; DMD is slow to see that it is off by a few percent. Updates
-    made for much noise change the same weights and spoil these answers: they come to vary too much,
-    and 8 calls end worse than 4. c_skip is 1 without noise, 0 in much: there, it would blur."""
+    made for much noise change the same weights and spoil these answers: x_gen varies too much,
+    and 8 calls end worse than 4. c_skip is 1 without noise, 0 in much, where this would blur."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head reads features of the fake score (DMD2): the teacher does not know the
-    generator's faults. On one element L_DMD's gradient is g / count. Here count is 192, far less
-    than in the paper, and the gradient larger: so nu1 and nu2 are, too, 30 times (by trial)."""
+    generator's faults. L_DMD is a mean over a clip's 192 values (12 * 16), far fewer than in the
+    paper: each gets more gradient. So nu1 is larger, 30 times (by trial), and nu2 half of it."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -629,8 +629,8 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
 def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
     """L_fake-DSM + nu2 * L_GAN, for the fake score and the head. L_fake-DSM has the target x_gen:
     with x_real, fake_score would become a second real score. L_GAN teaches the lower half of
-    fake_score, and the head, to answer 1 to x_real and 0 to x_gen. They are compared at one noise
-    level, and with one sigma_gen (train_student): so the head can judge only by content."""
+    fake_score, and the head, to answer 1 to x_real and 0 to x_gen. They have the same
+    noise level, and sigma_gen (bound in train_student): so the head can judge only by content."""
     sigma = draw_sigma(cfg.p_dsm, len(x_gen), cfg, x_gen.device)  # 5
     denoised = fake_score(add_noise(x_gen, sigma), sigma, label)  # (batch, channels, frames)
     loss_dsm = dsm_loss(denoised, x_gen, sigma, cfg)  # 6
@@ -643,10 +643,10 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator starts from Presto-L and drops
     layers. Its scores keep full depth (our reading): they measure, and cost nothing at inference.
-    `tell_level` (ours; off is the paper's loop): the generator is called at many noise levels, and
-    the fake score would see a mixture of its answers. Two opposite errors at two levels can make
-    the mixture look right: nothing corrects either, and loudness runs away. So the fake score is
-    told sigma_gen, the level of the generator's input (`told` below): it knows the levels apart."""
+    `tell_level` (ours): the generator is called at many noise levels, and the fake score would see
+    a mixture of its answers. Two opposite errors at two levels can make the mixture look right:
+    nothing corrects either, and loudness runs away. So the fake score is told sigma_gen, the level
+    of the generator's input (`told`). (The paper: tell_level false, anchor 0, parallel 1.)"""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
     short_scores = is_ls and not cfg.full_scores  # then they start at Presto-L, drop layers too
@@ -660,7 +660,7 @@ def train_student(run, stage):
     real_score = guided(with_budget(run.load(score_stage), score_fractions, cfg), cfg)
     fake_score = with_budget(fake_net, score_fractions, cfg)
     ema = AveragedModel(generator_net, multi_avg_fn=get_ema_multi_avg_fn(cfg.student_ema))
-    # No momentum for the generator: where it should go changes with fake_score (usual in GANs).
+    # No momentum (ours): the generator's goal moves at each update, fake_score's at each fifth.
     optimizer = torch.optim.Adam(generator_net.parameters(), betas=(0.0, 0.999), fused=True)
     fake_optimizer = torch.optim.Adam([*fake_net.parameters(), *head.parameters()], fused=True)
     def make_x_gen():
@@ -687,10 +687,10 @@ def train_student(run, stage):
 
 @torch.no_grad()
 def sample_multistep(denoise, x, sigmas, label):
-    """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (An ODE's slope
-    needs the mean E[x0 | x].) No guidance: it was learnt. x: noise of deviation sigmas[0] (batch,
-    channels, frames). In training the input is noised x_real, here a noised x0: the same, if x0
-    looks real. And all levels were trained ("inf"): so any number of steps works (paper)."""
+    """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's needs
+    means E[x0 | x].) No guidance: it was learnt. x: noise of deviation sigmas[0] (batch, channels,
+    frames). In training the input is noised x_real, here a noised x0: the same, if x0 looks real.
+    And all levels were trained ("inf"): so any number of steps works (paper)."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)
@@ -698,7 +698,7 @@ def sample_multistep(denoise, x, sigmas, label):
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # re-noised: the teacher, their sampler
+STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # re-noised: teacher in their sampler
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
     """Clips (batch, time) on the CPU for label (batch,), and the seconds that they took. Noise is
