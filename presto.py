@@ -51,7 +51,7 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     4  Two denoisers look at it. real_score knows the real data; fake_score knows what the
        generator makes. Their difference points from generated to real: the generator follows it.
     5  x_gen is noised at a level drawn from p_dsm,
-    6  and fake_score learns to denoise it. Late, it would drive x_gen away from its own past.
+    6  and fake_score learns to denoise it. If it lags, step 4 flees from an older x_gen.
     7  x_gen and x_real are noised at a level drawn from p_gan,
     8  and the head learns to tell them apart. The generator learns to deceive it.
     An update: five times 1, 2, 5 to 8 (trains fake_score, head); once 1 to 4, 7, 8 (generator).
@@ -118,7 +118,7 @@ class Config:
     label_dropout: float = setting("teacher", 0.1, "share of null labels, which guidance needs")
     sigma_min: float = setting("presto-l", 0.002, "lowest noise level (EDM)")
     sigma_max: float = setting("presto-l", 80.0, "highest noise level (EDM)")
-    rho: float = setting("presto-l", 7.0, "bends the schedule towards low noise (EDM)")
+    rho: float = setting("presto-l", 7.0, "makes small steps at low noise: errors cost most (EDM)")
     fractions: tuple = setting("presto-l", (1, 1, 0.88, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63, 0.63),
                                "shares of blocks that run, in ten bins from clean to noisy (ASE)")
     keep_last: bool = setting("presto-l", True, "shifted dropping: the last block always runs")
@@ -129,7 +129,7 @@ class Config:
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
     parallel: float = setting("presto-s", 0.1, "share kept of parallel guidance (ours, see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
-    u_end: float = setting("presto-s", 0.8, "students stop at this share of the way to no noise")
+    u_end: float = setting("presto-s", 0.8, "the students' levels end before this share of it all")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
     p_dsm: str = setting("presto-s", "train", "noise under which the fake score learns", NOISE)
@@ -385,11 +385,11 @@ def student_sigmas(steps, cfg):
     return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
-    """Draw noise levels (count,). "train" hardly ever draws sigma_max, where sampling starts: so
-    the generator's input needs "inf". "discrete": the students' own four levels, as in DMD2."""
+    """Draw noise levels (count,). "train" (the losses): where the teacher is good. It hardly ever
+    has sigma_max, where sampling starts: so the generator has "inf". "discrete": as in DMD2."""
     if distribution == "train":  # ln sigma is Gaussian (EDM, table 1)
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
-    if distribution == "inf":  # squared: small u is commonest, as in schedules of 1 to 8 steps
+    if distribution == "inf":  # squared: small u (much noise) is in every student_sigmas
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
@@ -506,8 +506,8 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
         # As on the web, some captions are wrong (ours). They mix other classes into mu(x, label):
-        # it comes nearer to mu(x, null). Guidance leads away from there, and so undoes this. (In
-        # Part 6 all are right: a wrong one would ask to turn one tone into another.)
+        # it comes nearer to mu(x, null). Guidance leads away from there, and so undoes this. (Part
+        # 6 has right labels: its input is a noised x_real, which a wrong label contradicts.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -532,10 +532,10 @@ def train_teacher(run):
 # writes. An early exit shows it something else. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
 #   2. The network is told its budget. ASE's must infer it from sigma (DiT.budget_table).
-#   3. L_st: the full-depth pass teaches the short one. ASE has noisy targets only (layer_loss).
+#   3. L_st: the full-depth pass teaches the short one. ASE has random ones only (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
-    `fractions` of the depth belong to equal bins of 1 - u of the rho-schedule, from clean to noisy
+    `fractions` of the depth belong to equal bins of the rho-schedule's u, from 1 (clean) to 0
     (our reading of ASE's time): so the teacher's steps are spread evenly over the bins."""
     bins = len(fractions)
     edges = rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,), rising
@@ -555,7 +555,7 @@ def with_budget(model, fractions, cfg):
 def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM of the short pass + self_teacher * L_st. ASE has L_DSM alone.
     L_st's target is what the same weights answer at full depth: nearly the mean E[x0 | x], while
-    x_real is one noisy sample. It has no gradient (our reading): full depth must not learn here."""
+    x_real is a random x0. The target has no gradient (our reading): full depth must not learn."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -572,7 +572,7 @@ def train_presto_l(run):
 # ---- Part 6. Presto-S and Presto-LS: fewer steps -------------------------------------------------
 # The mean of all latents that pure noise may come from is a blur: a teacher must be called often.
 # Presto-S makes a generator of it, whose one answer is a sample: the distribution of its answers is
-# pulled to that of the guided teacher.
+# pulled, mainly by L_DMD, to that of the guided teacher (p_real below).
 class Discriminator(nn.Module):
     """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It
     gives about two answers per second of audio (paper: 2.8): so it says where a clip is wrong."""
@@ -592,7 +592,7 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
         g = (mu_fake(x) - mu_real(x)) / mean|x_gen - mu_real(x)|,   x = x_gen + sigma * noise
     A denoiser is a score in disguise: grad log p(x) = (mu(x) - x) / sigma^2 (Tweedie), where p is
     the density of noised latents. So mu_fake - mu_real is sigma^2 times the gradient of
-    r = log(p_generated / p_real). KL is the mean of r over generated x: so x is a noised x_gen.
+    r = log(p_generated / p_real). The mean of r over noised x_gen is the KL that DMD lowers.
     Descent moves x_gen to where real latents are more frequent than generated ones. That both
     answers are blurs does no harm: the formula needs means. The divisor: all clips count alike."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
@@ -602,22 +602,22 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """Its gradient on x_gen is `gradient` / number of elements. Its value only oscillates."""
+    """Its gradient on x_gen is `gradient` / number of elements. Its value shows no progress."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
     """Ours: c_skip (x_gen - x_real)^2, where x_gen is the answer to x_real + sigma * noise. In
-    little noise, one answer is right; DMD is slow to see that it is off by a few percent. Updates
-    made for much noise change the same weights and spoil these answers: x_gen varies too much,
-    and 8 calls end worse than 4. c_skip is 1 without noise, 0 in much, where this would blur."""
+    little noise, one answer is right, and DMD hardly sees errors of a few percent. Updates for much
+    noise change the same weights and add such errors: x_gen varies too much, and 8 calls, which go
+    lower, end worse than 4. c_skip is 1 without noise, 0 in much, where this loss would blur."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head reads features of the fake score (DMD2): the teacher does not know the
-    generator's faults. L_DMD is a mean over a clip's 192 values (12 * 16), far fewer than in the
-    paper: each gets more gradient. So nu1 is larger, 30 times (by trial), and nu2 half of it."""
+    generator's faults. L_DMD is a mean over only 192 values a clip (12 * 16): stronger than in the
+    paper. So nu1 is, too, 30 times (by trial), and nu2 half of it. fake_score: `told` below."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -629,8 +629,8 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
 def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
     """L_fake-DSM + nu2 * L_GAN, for the fake score and the head. L_fake-DSM has the target x_gen:
     with x_real, fake_score would become a second real score. L_GAN teaches the lower half of
-    fake_score, and the head, to answer 1 to x_real and 0 to x_gen. They have the same
-    noise level, and sigma_gen (bound in train_student): so the head can judge only by content."""
+    fake_score, and the head, to answer 1 to x_real and 0 to x_gen. Both get the
+    same sigma, and the same sigma_gen (`told` below): so the head can judge only by content."""
     sigma = draw_sigma(cfg.p_dsm, len(x_gen), cfg, x_gen.device)  # 5
     denoised = fake_score(add_noise(x_gen, sigma), sigma, label)  # (batch, channels, frames)
     loss_dsm = dsm_loss(denoised, x_gen, sigma, cfg)  # 6
@@ -646,7 +646,7 @@ def train_student(run, stage):
     `tell_level` (ours): the generator is called at many noise levels, and the fake score would see
     a mixture of its answers. Two opposite errors at two levels can make the mixture look right:
     nothing corrects either, and loudness runs away. So the fake score is told sigma_gen, the level
-    of the generator's input (`told`). (The paper: tell_level false, anchor 0, parallel 1.)"""
+    of the generator's input (`told`). (The paper has tell_level false, anchor 0, parallel 1.)"""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
     short_scores = is_ls and not cfg.full_scores  # then they start at Presto-L, drop layers too
