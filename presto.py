@@ -129,7 +129,7 @@ class Config:
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
     parallel: float = setting("presto-s", 0.1, "share kept of parallel guidance (ours, see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
-    u_end: float = setting("presto-s", 0.8, "the students' levels end before this share of it all")
+    u_end: float = setting("presto-s", 0.8, "students' levels end before this u of rho_schedule")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
     p_dsm: str = setting("presto-s", "train", "noise under which the fake score learns", NOISE)
@@ -629,8 +629,8 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
 def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
     """L_fake-DSM + nu2 * L_GAN, for the fake score and the head. L_fake-DSM has the target x_gen:
     with x_real, fake_score would become a second real score. L_GAN teaches the lower half of
-    fake_score, and the head, to answer 1 to x_real and 0 to x_gen. Both get the
-    same sigma, and the same sigma_gen (`told` below): so the head can judge only by content."""
+    fake_score, and the head, to answer 1 to x_real and 0 to x_gen. Both get the same sigma, and the
+    same sigma_gen (`told` below): so the head can judge only by content."""
     sigma = draw_sigma(cfg.p_dsm, len(x_gen), cfg, x_gen.device)  # 5
     denoised = fake_score(add_noise(x_gen, sigma), sigma, label)  # (batch, channels, frames)
     loss_dsm = dsm_loss(denoised, x_gen, sigma, cfg)  # 6
