@@ -155,8 +155,8 @@ def test_recall_and_coverage_of_points_on_a_line_are_counted_by_hand():
     assert toy_data.recall_coverage(fake, real, k=1) == (0, 0.5)
 
 def test_wasserstein_is_how_far_values_must_move_and_within_class_std_sees_no_other_class():
-    a = torch.tensor([0.0, 1, 2])
-    assert toy_data.wasserstein(a, a.flip(0) + 5) == approx(5)
+    a, b = torch.tensor([0.0, 1, 2]), torch.tensor([1.0])
+    assert [toy_data.wasserstein(a, x) for x in (a.flip(0) + 5, b)] == approx([5, 2 / 3])
     values, label = torch.tensor([0.0, 2, 100, 104, 7]), torch.tensor([0, 0, 1, 1, 2])
     assert toy_data.within_class_std(values, label) == approx(math.sqrt((2 + 8) / 2))
 
