@@ -692,7 +692,7 @@ def test_a_spoilt_checkpoint_gets_one_line_naming_it(folder, tmp_path, capsys, m
 
 @pytest.mark.parametrize("option, value, says", [
     ("--width", "18", "multiple of 4"), ("--stride", "500", "8 whole frames"),
-    ("--rho", "nan", "from 0"), ("--data", "no_such", "no_such"),
+    ("--rho", "nan", "from 0"), ("--data", "no_such", "no_such"), ("--device", "x", "--device x"),
     ("--vae_lr", "1e9", "vae, update"), ("--teacher_update", "3", "update")])
 def test_bad_options_get_status_2_a_line_and_no_file(tmp_path, capsys, option, value, says):
     with pytest.raises(SystemExit, match="^2$"):  # argparse exits by itself
