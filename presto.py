@@ -51,10 +51,10 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     4  Two denoisers look at it. real_score knows the real data; fake_score knows what the
        generator makes. Their difference points from generated to real: the generator follows it.
     5  x_gen is noised at a level drawn from p_dsm,
-    6  and fake_score learns to denoise it. If it lags, step 4 flees from an older x_gen.
+    6  and fake_score learns to denoise it. If it lags, step 4 judges an older generator.
     7  x_gen and x_real are noised at a level drawn from p_gan,
     8  and the head learns to tell them apart. The generator learns to deceive it.
-    An update: five times 1, 2, 5 to 8 (trains fake_score, head); once 1 to 4, 7, 8 (generator).
+    Five times 1, 2, 5 to 8 train fake_score and head; then 1 to 4, 7, 8 train the generator once.
 """
 
 import argparse
@@ -127,7 +127,7 @@ class Config:
     layer_updates: int = setting("presto-l", 800, "updates of Presto-L")
     layer_lr: float = setting("presto-l", 3e-4, "learning rate of Presto-L (ASE: 1e-5)")
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
-    parallel: float = setting("presto-s", 0.1, "share kept of parallel guidance (ours, see guided)")
+    parallel: float = setting("presto-s", 0.1, "share of guidance's parallel part (see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
     u_end: float = setting("presto-s", 0.8, "students' levels end before this u of rho_schedule")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
@@ -182,11 +182,9 @@ PRESETS = {
 }
 
 # ---- Part 1. VAE: waveform <-> latents -----------------------------------------------------------
-# The first layer cuts the waveform into frames. Layers on the full waveform took 6 times as long.
 class ResidualBlock(nn.Module):
-    """h + out(a * silu(b)), where a and b are two convolutions of norm(h) (Dauphin et al. 2017).
-    A tone is a product: amplitude times harmonics times envelope. A block that can multiply learns
-    it much faster. The norm is per frame: h keeps each frame's level."""
+    """h + out(a * silu(b)), where a and b are two convolutions of norm(h) (Dauphin et al. 2017). A
+    tone is amplitude times harmonics times envelope: a block that can multiply learns it faster."""
     def __init__(self, width):
         super().__init__()
         self.norm = nn.RMSNorm(width)
@@ -197,7 +195,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, h):  # (batch, frames, width)
         padded = F.pad(self.norm(h), (0, 0, 1, 1))  # (batch, frames + 2, width)
-        neighbours = padded.unfold(1, 3, 1).flatten(2)  # (batch, frames, 3 * width)
+        neighbours = padded.unfold(1, 3, 1).flatten(2)  # (batch, frames, width, 3), flattened
         a, b = self.conv(neighbours).chunk(2, dim=-1)  # (batch, frames, width) each
         return h + self.out(a * F.silu(b))
 
@@ -242,10 +240,11 @@ def stft_distance(output, wave):
 
 def vae_loss(vae, wave, cfg):
     """Relative waveform error + STFT distance + KL to the unit Gaussian. Returns (loss, error).
-    "Relative" to each clip's energy: a quiet clip counts as much as a loud one."""
+    "Relative" to each clip's energy: a quiet clip counts as much as a loud one. The noise teaches
+    the decoder to bear slightly wrong latents, as all generated ones are. The KL term keeps it."""
     mean, log_std = vae.posterior(wave)
     latents = mean + log_std.exp() * torch.randn_like(mean)  # (batch, channels, frames)
-    output = vae.decode((latents - vae.mean) / vae.scale)  # `decode` undoes it
+    output = vae.decode((latents - vae.mean) / vae.scale)  # undone in `decode`: mean 0, scale 1 yet
     energy = wave.square().sum(1).clamp_min(SILENCE)  # (batch,)
     error = ((output - wave).square().sum(1) / energy).mean()
     kl = 0.5 * (mean.square() + (2 * log_std).exp() - 2 * log_std - 1).mean()
@@ -282,7 +281,7 @@ class LevelEmbedding(nn.Module):
     hardly sees small steps of one number, but waves of many lengths show them."""
     def __init__(self, width):
         super().__init__()
-        self.register_buffer("frequencies", torch.logspace(0, 2, width // 2))  # c_noise spans 2.6
+        self.register_buffer("frequencies", torch.logspace(0, 2, width // 2))  # .4 to 40 waves
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, c_noise):
@@ -302,7 +301,7 @@ class DiT(nn.Module):
         self.level = LevelEmbedding(cfg.width)
         self.gen_level = None  # a second LevelEmbedding, which only the fake score gets (Part 6)
         self.label_table = nn.Embedding(cfg.null + 1, cfg.width)  # the last row is the null label
-        # Row cfg.depth always stays zero (padding_idx): with all blocks, this is the plain DiT.
+        # Row cfg.depth stays zero (padding_idx): with all blocks, Presto-L starts as the teacher.
         self.budget_table = nn.Embedding(cfg.depth + 1, cfg.width, padding_idx=cfg.depth)
         nn.init.zeros_(self.budget_table.weight)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.num_heads) for _ in range(cfg.depth))
@@ -348,9 +347,9 @@ class DiT(nn.Module):
 #     sigma  noise level                            () or (batch,)
 #     label  class index, or cfg.null for none      (batch,)
 #     x0     clean latents                          (batch, channels, frames)
-# The x0 of a teacher is E[x0 | x], the mean of all clean latents that x may come from. The x0 of a
-# generator is one sample of them. Every sampler takes any denoiser, wrapped by `guided` and
-# `with_budget` or not. (The fake score, which only losses call, is told sigma_gen, too: Part 6.)
+# The x0 of a teacher is E[x0 | x], the mean of all clean latents that x may come from: the mean has
+# the least squared error. The x0 of a generator is one sample of them. Every sampler takes any
+# denoiser, wrapped by `guided` or `with_budget` or not. (The fake score is told more: Part 6.)
 class Denoiser(nn.Module):
     """D = c_skip x + c_out F (EDM, equation 7): input and target of the DiT F have variance 1."""
     def __init__(self, cfg):
@@ -389,7 +388,7 @@ def draw_sigma(distribution, count, cfg, device):
     has sigma_max, where sampling starts: so the generator has "inf". "discrete": as in DMD2."""
     if distribution == "train":  # ln sigma is Gaussian (EDM, table 1)
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
-    if distribution == "inf":  # squared: small u (much noise) is in every student_sigmas
+    if distribution == "inf":  # squared: more of small u, much noise, where all students start
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
@@ -427,7 +426,7 @@ def sample_heun(denoise, x, sigmas, label):
     """Heun's second-order sampler (EDM, algorithm 1), for the teacher: 2 * steps - 1 evaluations.
     x: pure noise of standard deviation sigmas[0] (batch, channels, frames). sigmas end with 0."""
     for sigma, sigma_next in itertools.pairwise(sigmas):
-        d = (x - denoise(x, sigma, label)) / sigma  # EDM's ODE: dx / dsigma = (x - D(x)) / sigma
+        d = (x - denoise(x, sigma, label)) / sigma  # the noise in x: the slope dx / dsigma (EDM)
         x_next = x + (sigma_next - sigma) * d  # Euler's step
         if sigma_next > 0:  # at 0 there is no second slope: Euler's step is kept
             d_next = (x_next - denoise(x_next, sigma_next, label)) / sigma_next
@@ -505,9 +504,9 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
-        # As on the web, some captions are wrong (ours). They mix other classes into mu(x, label):
-        # it comes nearer to mu(x, null). Guidance leads away from there, and so undoes this. (Part
-        # 6 has right labels: its input is a noised x_real, which a wrong label contradicts.)
+        # As on the web, some captions are wrong (ours): else guidance would have nothing to mend.
+        # They mix other classes into mu(x, label), which comes nearer to mu(x, null). Guidance
+        # leads away from there. (Part 6 has right labels: a wrong one contradicts a noised x_real.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -531,8 +530,8 @@ def train_teacher(run):
 # of a DiT grows sharply in its last blocks, and the output layer learnt to read what the last block
 # writes. An early exit shows it something else. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
-#   2. The network is told its budget. ASE's must infer it from sigma (DiT.budget_table).
-#   3. L_st: the full-depth pass teaches the short one. ASE has random ones only (layer_loss).
+#   2. The network is told its budget (DiT.budget_table). ASE's must infer its jumps from sigma.
+#   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
     `fractions` of the depth belong to equal bins of the rho-schedule's u, from 1 (clean) to 0
@@ -554,8 +553,9 @@ def with_budget(model, fractions, cfg):
 
 def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM of the short pass + self_teacher * L_st. ASE has L_DSM alone.
-    L_st's target is what the same weights answer at full depth: nearly the mean E[x0 | x], while
-    x_real is a random x0. The target has no gradient (our reading): full depth must not learn."""
+    L_st's target: what the same weights answer at full depth. They began as the teacher: so this is
+    nearly the mean E[x0 | x], while x_real is a random x0. No gradient flows through the target
+    (our reading): it would pull full depth down to the short pass."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -594,7 +594,8 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     the density of noised latents. So mu_fake - mu_real is sigma^2 times the gradient of
     r = log(p_generated / p_real). The mean of r over noised x_gen is the KL that DMD lowers.
     Descent moves x_gen to where real latents are more frequent than generated ones. That both
-    answers are blurs does no harm: the formula needs means. The divisor: all clips count alike."""
+    answers are blurs does no harm: the formula needs means. The divisor: all clips count alike.
+    Only real_score is guided: fake_score must describe the generator's distribution as it is."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
     fake = fake_score(x, sigma, label)  # 4  (batch, channels, frames)
@@ -602,22 +603,23 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """Its gradient on x_gen is `gradient` / number of elements. Its value shows no progress."""
+    """Its gradient on x_gen is g / number of values. Its value shows no progress: g is relative."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
-    """Ours: c_skip (x_gen - x_real)^2, where x_gen is the answer to x_real + sigma * noise. In
-    little noise, one answer is right, and DMD hardly sees errors of a few percent. Updates for much
-    noise change the same weights and add such errors: x_gen varies too much, and 8 calls, which go
-    lower, end worse than 4. c_skip is 1 without noise, 0 in much, where this loss would blur."""
+    """Ours: c_skip (x_gen - x_real)^2, where x_gen is the answer to x_real + sigma * noise. Updates
+    for much noise also change the answers to little noise. DMD hardly sees that: fake_score errs by
+    more than these few percent. But they add up from call to call, and of 8 calls, more are at
+    little noise than of 4. There one answer is right, x_real: this loss holds it. c_skip is 1
+    without noise, and 0 in much, where many answers are right, and where this loss would blur."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
-    1, "real". The head reads features of the fake score (DMD2): the teacher does not know the
-    generator's faults. L_DMD is a mean over only 192 values a clip (12 * 16): stronger than in the
-    paper. So nu1 is, too, 30 times (by trial), and nu2 half of it. fake_score: `told` below."""
+    1, "real". It sees x_real: so it can mend the teacher's errors, which DMD copies. It reads the
+    fake score's features (DMD2): the teacher does not know the generator's faults. L_DMD divides g
+    by the number of values, which is small here: so nu1 is 30 times the paper's (by trial)."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -629,8 +631,8 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
 def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
     """L_fake-DSM + nu2 * L_GAN, for the fake score and the head. L_fake-DSM has the target x_gen:
     with x_real, fake_score would become a second real score. L_GAN teaches the lower half of
-    fake_score, and the head, to answer 1 to x_real and 0 to x_gen. Both get the same sigma, and the
-    same sigma_gen (`told` below): so the head can judge only by content."""
+    fake_score, and the head, to answer 1 to x_real and 0 to x_gen. Both get the same levels: so the
+    head can judge only by content."""
     sigma = draw_sigma(cfg.p_dsm, len(x_gen), cfg, x_gen.device)  # 5
     denoised = fake_score(add_noise(x_gen, sigma), sigma, label)  # (batch, channels, frames)
     loss_dsm = dsm_loss(denoised, x_gen, sigma, cfg)  # 6
@@ -641,12 +643,12 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
     return loss_dsm + cfg.nu2 * loss_gan
 
 def train_student(run, stage):
-    """Train Presto-S, or Presto-LS: the same loop, but the generator starts from Presto-L and drops
-    layers. Its scores keep full depth (our reading): they measure, and cost nothing at inference.
-    `tell_level` (ours): the generator is called at many noise levels, and the fake score would see
-    a mixture of its answers. Two opposite errors at two levels can make the mixture look right:
-    nothing corrects either, and loudness runs away. So the fake score is told sigma_gen, the level
-    of the generator's input (`told`). (The paper has tell_level false, anchor 0, parallel 1.)"""
+    """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
+    Presto-L, which knows how. Scores keep full depth (our reading): they cost nothing at inference.
+    `tell_level` (ours): the generator is called at many noise levels. If it is too quiet at one and
+    too loud at another, the mixture of its answers can look right: nothing corrects either error,
+    and both grow. So the fake score is told sigma_gen, the level of the generator's input (`told`).
+    (The paper has tell_level false, anchor 0, parallel 1.)"""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
     short_scores = is_ls and not cfg.full_scores  # then they start at Presto-L, drop layers too
@@ -660,7 +662,7 @@ def train_student(run, stage):
     real_score = guided(with_budget(run.load(score_stage), score_fractions, cfg), cfg)
     fake_score = with_budget(fake_net, score_fractions, cfg)
     ema = AveragedModel(generator_net, multi_avg_fn=get_ema_multi_avg_fn(cfg.student_ema))
-    # No momentum (ours): the generator's goal moves at each update, fake_score's at each fifth.
+    # No momentum (ours): an old gradient leads away from what fake_score knew some updates ago.
     optimizer = torch.optim.Adam(generator_net.parameters(), betas=(0.0, 0.999), fused=True)
     fake_optimizer = torch.optim.Adam([*fake_net.parameters(), *head.parameters()], fused=True)
     def make_x_gen():
@@ -688,9 +690,9 @@ def train_student(run, stage):
 @torch.no_grad()
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's needs
-    means E[x0 | x].) No guidance: it was learnt. x: noise of deviation sigmas[0] (batch, channels,
-    frames). In training the input is noised x_real, here a noised x0: the same, if x0 looks real.
-    And all levels were trained ("inf"): so any number of steps works (paper)."""
+    means: a sample x0 gives no slope.) No guidance: it was learnt. x: noise of deviation sigmas[0]
+    (batch, channels, frames). In training the input is noised x_real, here a noised x0: the same,
+    if x0 looks real. And all levels were trained ("inf"): any number of steps works (paper)."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)
@@ -698,7 +700,7 @@ def sample_multistep(denoise, x, sigmas, label):
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # re-noised: teacher in their sampler
+STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # re-noised: the teacher, not distilled
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
     """Clips (batch, time) on the CPU for label (batch,), and the seconds that they took. Noise is
@@ -717,9 +719,8 @@ def make_clips(name, model, vae, label, steps, cfg):
     return wave, time.perf_counter() - start
 
 def spread_by_level(denoise, x_real, label, sigma):
-    """Variance of a denoiser's answers to noised x_real within a class, over that of x_real.
-    0: it answers with the mean of the class. 1: its answers vary as real latents do. Above: they
-    vary too much. x_real (batch, channels, frames), label (batch,), sigma ()."""
+    """Variance of a denoiser's answers to noised x_real within a class, over that of x_real: 0 for
+    its mean, 1 if as varied. x_real (batch, channels, frames), label (batch,), sigma ()."""
     def variance(x):
         return sum(x[label == c].var(0).sum() for c in label.unique())
     answers = denoise(add_noise(x_real, sigma), sigma, label)
@@ -811,9 +812,8 @@ class Run:
         write_file(self.path(stage), buffer.getvalue())
 
     def read(self, stage, **state):
-        """Read a checkpoint into the modules and optimizers of `state`; returns its content. A run
-        without settings takes the checkpoint's. If a setting of this or an earlier stage differs,
-        the checkpoint is refused. No code in a checkpoint is ever run."""
+        """Read a checkpoint into the modules and optimizers of `state`; returns its content. It is
+        refused if a setting of this or an earlier stage differs. No code in it is ever run."""
         path, fields = self.path(stage), dataclasses.fields(Config)
         again = f"python presto.py train --out {self.folder}"
         if not path.exists():
