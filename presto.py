@@ -107,7 +107,7 @@ class Config:
     width: int = setting("teacher", 128, "channels of a token")
     depth: int = setting("teacher", 8, "blocks (paper: 28)")
     num_heads: int = setting("teacher", 4, "attention heads")
-    P_mean: float = setting("teacher", -0.3, "mean of ln sigma in training (EDM, for images: -1.2)")
+    P_mean: float = setting("teacher", -0.3, "mean of ln sigma in training (by trial; EDM: -1.2)")
     P_std: float = setting("teacher", 1.4, "standard deviation of ln sigma in training (EDM: 1.2)")
     clips: int = setting("teacher", 16384, "real clips, encoded once: the training set")
     wrong_captions: float = setting("teacher", 0.18, "share of the captions that are wrong (ours)")
@@ -143,7 +143,7 @@ class Config:
     student_updates: int = setting("presto-s", 225, "updates of the generator")
     anchor: float = setting("presto-s", 30.0, "weight of anchor_loss (ours)")
     generator_lr: float = setting("presto-s", 2e-4, "learning rate of the generator (paper: 5e-7)")
-    fake_lr: float = setting("presto-s", 4e-4, "learning rate of fake score and head, constant")
+    fake_lr: float = setting("presto-s", 4e-4, "rate of fake score and head: constant, to keep up")
     student_ema: float = setting("presto-s", 0.98, "decay of the generator's averaged weights")
     fractions_ls: tuple = setting("presto-ls", (1, 1, 1, 1, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63),
                                   "as fractions, but milder: few calls must do all (our reading)")
@@ -218,7 +218,7 @@ class VAE(nn.Module):
         return mean, log_std.clamp(-10, 3)  # (batch, channels, frames) each
 
     def encode(self, wave):  # (batch, time)
-        mean, _ = self.posterior(wave)
+        mean, _ = self.posterior(wave)  # without noise: that was only for the decoder
         return (mean - self.mean) / self.scale  # (batch, channels, frames)
 
     def decode(self, latents):  # (batch, channels, frames)
@@ -644,11 +644,11 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
-    Presto-L, which knows how. Scores keep full depth (our reading): they cost nothing at inference.
-    `tell_level` (ours): the generator is called at many noise levels. If it is too quiet at one and
-    too loud at another, the mixture of its answers can look right: nothing corrects either error,
-    and both grow. So the fake score is told sigma_gen, the level of the generator's input (`told`).
-    (The paper has tell_level false, anchor 0, parallel 1.)"""
+    Presto-L, which knows how. The scores keep full depth (our reading): they only guide, so they
+    should be exact, and cost nothing at inference. `tell_level` (ours): the generator is called at
+    many noise levels. If it is too quiet at one and too loud at another, the mixture of its answers
+    can look right: nothing corrects either error, and both grow. So fake_score is told sigma_gen,
+    the level of the generator's input. (real_score is not: real latents are the same for all.)"""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
     short_scores = is_ls and not cfg.full_scores  # then they start at Presto-L, drop layers too
@@ -690,9 +690,9 @@ def train_student(run, stage):
 @torch.no_grad()
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's needs
-    means: a sample x0 gives no slope.) No guidance: it was learnt. x: noise of deviation sigmas[0]
-    (batch, channels, frames). In training the input is noised x_real, here a noised x0: the same,
-    if x0 looks real. And all levels were trained ("inf"): any number of steps works (paper)."""
+    means for its slopes.) No guidance: it was learnt. x: noise of deviation sigmas[0] (batch,
+    channels, frames). In training the input is a noised x_real: at sigma_max nearly pure noise, and
+    later like a noised x0, if x0 looks real. Any number of steps works: all levels were trained."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)
@@ -913,7 +913,7 @@ def command_eval(args):
     classes, full = len(world.PROMPTS), cfg.teacher_steps
     label, rng = torch.arange(classes).repeat(args.count), torch.Generator().manual_seed(args.seed)
     reference = toy_data.Reference(world, world.make_batch(len(label), rng, label)[0], label)
-    real, _ = world.make_batch(len(label), rng, label)
+    real, _ = world.make_batch(len(label), rng, label)  # no model can beat "real", or its VAE
     x_real = torch.cat([vae.encode(part.to(run.device)) for part in real.split(classes)])
     clips = {"real": real, "VAE": torch.cat([vae.decode(x).cpu() for x in x_real.split(classes)])}
     rows = {title: toy_data.score(world, wave, label, reference) for title, wave in clips.items()}
