@@ -107,10 +107,10 @@ class Config:
     width: int = setting("teacher", 128, "channels of a token")
     depth: int = setting("teacher", 8, "blocks (paper: 28)")
     num_heads: int = setting("teacher", 4, "attention heads")
-    P_mean: float = setting("teacher", -0.3, "mean of ln sigma in training (by trial; EDM: -1.2)")
+    P_mean: float = setting("teacher", -0.3, "mean of ln sigma in training (EDM: -1.2, for images)")
     P_std: float = setting("teacher", 1.4, "standard deviation of ln sigma in training (EDM: 1.2)")
     clips: int = setting("teacher", 16384, "real clips, encoded once: the training set")
-    wrong_captions: float = setting("teacher", 0.18, "share of the captions that are wrong (ours)")
+    wrong_captions: float = setting("teacher", 0.18, "share of wrong captions (see train_denoiser)")
     teacher_updates: int = setting("teacher", 3000, "updates of the teacher")
     batch: int = setting("teacher", 32, "clips per update of teacher and Presto-L")
     teacher_lr: float = setting("teacher", 1e-3, "learning rate of the teacher")
@@ -123,13 +123,13 @@ class Config:
                                "shares of blocks that run, in ten bins from clean to noisy (ASE)")
     keep_last: bool = setting("presto-l", True, "shifted dropping: the last block always runs")
     budget_embedding: bool = setting("presto-l", True, "tell the network how many blocks will run")
-    self_teacher: float = setting("presto-l", 1.0, "weight of L_st: full depth teaches short pass")
+    self_teacher: float = setting("presto-l", 1.0, "weight of L_st (see layer_loss)")
     layer_updates: int = setting("presto-l", 800, "updates of Presto-L")
     layer_lr: float = setting("presto-l", 3e-4, "learning rate of Presto-L (ASE: 1e-5)")
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
     parallel: float = setting("presto-s", 0.1, "share of guidance's parallel part (see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
-    u_end: float = setting("presto-s", 0.8, "students' levels end before this u of rho_schedule")
+    u_end: float = setting("presto-s", 0.8, "students' levels end before this u (rho_schedule)")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
     p_dsm: str = setting("presto-s", "train", "noise under which the fake score learns", NOISE)
@@ -241,10 +241,10 @@ def stft_distance(output, wave):
 def vae_loss(vae, wave, cfg):
     """Relative waveform error + STFT distance + KL to the unit Gaussian. Returns (loss, error).
     "Relative" to each clip's energy: a quiet clip counts as much as a loud one. The noise teaches
-    the decoder to bear slightly wrong latents, as all generated ones are. The KL term keeps it."""
+    the decoder to bear slightly wrong latents, as all generated ones are. KL keeps the noise."""
     mean, log_std = vae.posterior(wave)
     latents = mean + log_std.exp() * torch.randn_like(mean)  # (batch, channels, frames)
-    output = vae.decode((latents - vae.mean) / vae.scale)  # undone in `decode`: mean 0, scale 1 yet
+    output = vae.decode((latents - vae.mean) / vae.scale)  # `decode` undoes it
     energy = wave.square().sum(1).clamp_min(SILENCE)  # (batch,)
     error = ((output - wave).square().sum(1) / energy).mean()
     kl = 0.5 * (mean.square() + (2 * log_std).exp() - 2 * log_std - 1).mean()
@@ -301,7 +301,7 @@ class DiT(nn.Module):
         self.level = LevelEmbedding(cfg.width)
         self.gen_level = None  # a second LevelEmbedding, which only the fake score gets (Part 6)
         self.label_table = nn.Embedding(cfg.null + 1, cfg.width)  # the last row is the null label
-        # Row cfg.depth stays zero (padding_idx): with all blocks, Presto-L starts as the teacher.
+        # Row cfg.depth stays zero (padding_idx): that budget and None remain the same network.
         self.budget_table = nn.Embedding(cfg.depth + 1, cfg.width, padding_idx=cfg.depth)
         nn.init.zeros_(self.budget_table.weight)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.num_heads) for _ in range(cfg.depth))
@@ -384,8 +384,8 @@ def student_sigmas(steps, cfg):
     return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
-    """Draw noise levels (count,). "train" (the losses): where the teacher is good. It hardly ever
-    has sigma_max, where sampling starts: so the generator has "inf". "discrete": as in DMD2."""
+    """Draw noise levels (count,). "train" (the losses): where the teacher is good. Hardly any are
+    near sigma_max, where sampling starts: so the generator has "inf". "discrete": as in DMD2."""
     if distribution == "train":  # ln sigma is Gaussian (EDM, table 1)
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
     if distribution == "inf":  # squared: more of small u, much noise, where all students start
@@ -505,8 +505,8 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
         # As on the web, some captions are wrong (ours): else guidance would have nothing to mend.
-        # They mix other classes into mu(x, label), which comes nearer to mu(x, null). Guidance
-        # leads away from there. (Part 6 has right labels: a wrong one contradicts a noised x_real.)
+        # They mix other classes into mu(x, label), and so draw it to mu(x, null). Guidance leads
+        # away from mu(x, null). (Part 6 has right labels: a wrong one contradicts a noised x_real.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -608,18 +608,18 @@ def dmd_loss(x_gen, gradient):
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
     """Ours: c_skip (x_gen - x_real)^2, where x_gen is the answer to x_real + sigma * noise. Updates
-    for much noise also change the answers to little noise. DMD hardly sees that: fake_score errs by
-    more than these few percent. But they add up from call to call, and of 8 calls, more are at
-    little noise than of 4. There one answer is right, x_real: this loss holds it. c_skip is 1
+    for much noise also shift the answers to little noise, by a few percent. DMD hardly sees it: the
+    fake score's own error is larger. But shifts add up from call to call, and of 8 calls, more are
+    at little noise than of 4. There one answer is right, x_real: this loss holds it. c_skip is 1
     without noise, and 0 in much, where many answers are right, and where this loss would blur."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
-    1, "real". It sees x_real: so it can mend the teacher's errors, which DMD copies. It reads the
-    fake score's features (DMD2): the teacher does not know the generator's faults. L_DMD divides g
-    by the number of values, which is small here: so nu1 is 30 times the paper's (by trial)."""
+    1, "real". It learns from x_real: so it mends the teacher's errors, which DMD copies. It reads
+    the fake score's features (DMD2): the teacher does not know the generator's faults. L_DMD's
+    gradient, g / number of values, is large for small latents: so nu1 is larger, too (by trial)."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -644,11 +644,11 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
-    Presto-L, which knows how. The scores keep full depth (our reading): they only guide, so they
-    should be exact, and cost nothing at inference. `tell_level` (ours): the generator is called at
-    many noise levels. If it is too quiet at one and too loud at another, the mixture of its answers
-    can look right: nothing corrects either error, and both grow. So fake_score is told sigma_gen,
-    the level of the generator's input. (real_score is not: real latents are the same for all.)"""
+    Presto-L, which knows how. The scores keep full depth (our reading): the generator copies their
+    errors, and they cost nothing at inference. `tell_level` (ours): fake_score would see the
+    answers to all noise levels mixed. If some are too quiet and others too loud, the mixture can
+    look right: nothing corrects them, and they drift apart. So it is told sigma_gen, the level of
+    the generator's input. (real_score is not: real latents are the same for all levels.)"""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
     short_scores = is_ls and not cfg.full_scores  # then they start at Presto-L, drop layers too
@@ -700,7 +700,7 @@ def sample_multistep(denoise, x, sigmas, label):
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # re-noised: the teacher, not distilled
+STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # re-noised: the teacher, sampled like a student
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
     """Clips (batch, time) on the CPU for label (batch,), and the seconds that they took. Noise is
@@ -719,8 +719,8 @@ def make_clips(name, model, vae, label, steps, cfg):
     return wave, time.perf_counter() - start
 
 def spread_by_level(denoise, x_real, label, sigma):
-    """Variance of a denoiser's answers to noised x_real within a class, over that of x_real: 0 for
-    its mean, 1 if as varied. x_real (batch, channels, frames), label (batch,), sigma ()."""
+    """Variance of a denoiser's answers to noised x_real within a class, over that of x_real. 0: all
+    are the class's mean. x_real (batch, channels, frames), label (batch,), sigma ()."""
     def variance(x):
         return sum(x[label == c].var(0).sum() for c in label.unique())
     answers = denoise(add_noise(x_real, sigma), sigma, label)
