@@ -397,7 +397,7 @@ def add_noise(x, sigma):  # (batch, channels, frames), () or (batch,)
 
 def dsm_loss(denoised, target, sigma, cfg):
     """Denoising score matching: lambda(sigma) ||denoised - target||^2 (EDM, equations 2 and 8).
-    lambda = 1 / c_out^2: this is the plain squared error of F, so all noise levels count alike."""
+    lambda = 1 / c_out^2: it is the plain squared error of F. Else low levels would hardly count."""
     weight = (sigma**2 + cfg.sigma_data**2) / (sigma * cfg.sigma_data) ** 2  # (batch,)
     return (weight.reshape(-1, 1, 1) * (denoised - target).square()).mean()
 
@@ -430,7 +430,7 @@ def sample_heun(denoise, x, sigmas, label):
         x_next = x + (sigma_next - sigma) * d  # Euler's step
         if sigma_next > 0:  # at 0 there is no second slope: Euler's step is kept
             d_next = (x_next - denoise(x_next, sigma_next, label)) / sigma_next
-            x_next = x + (sigma_next - sigma) * (d + d_next) / 2  # the mean of both slopes
+            x_next = x + (sigma_next - sigma) * (d + d_next) / 2  # paths bend: the mean slope
         x = x_next
     return x
 
@@ -554,8 +554,8 @@ def with_budget(model, fractions, cfg):
 def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM of the short pass + self_teacher * L_st. ASE has L_DSM alone.
     L_st's target: what the same weights answer at full depth. They began as the teacher: so this is
-    nearly the mean E[x0 | x], while x_real is a random x0. No gradient flows through the target
-    (our reading): it would pull full depth down to the short pass."""
+    nearly the mean E[x0 | x], a calm target, while x_real is a random x0. No gradient flows
+    through the target (our reading): it would pull full depth down to the short pass."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -700,7 +700,7 @@ def sample_multistep(denoise, x, sigmas, label):
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # re-noised: the teacher, sampled like a student
+STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # re-noised, a control: the teacher sampled so
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
     """Clips (batch, time) on the CPU for label (batch,), and the seconds that they took. Noise is
