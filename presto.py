@@ -347,11 +347,11 @@ class DiT(nn.Module):
 #     sigma  noise level                            () or (batch,)
 #     label  class index, or cfg.null for none      (batch,)
 #     x0     clean latents                          (batch, channels, frames)
-# The x0 of a teacher is E[x0 | x], the mean of all clean latents that x may come from: the mean has
-# the least squared error. The x0 of a generator is one sample of them. Every sampler takes any
-# denoiser, wrapped by `guided` or `with_budget` or not. (The fake score is told more: Part 6.)
+# The x0 of a teacher is E[x0 | x], the mean of all clean latents that x may come from: it has the
+# least squared error. A generator's is one sample of them. (The fake score is told more: Part 6.)
 class Denoiser(nn.Module):
-    """D = c_skip x + c_out F (EDM, equation 7): input and target of the DiT F have variance 1."""
+    """D = c_skip x + c_out F (EDM, equation 7). The DiT F sees and answers with variance 1 at every
+    sigma from .002 to 80. In little noise, D is nearly x, and an error of F counts little."""
     def __init__(self, cfg):
         super().__init__()
         self.sigma_data = cfg.sigma_data
@@ -506,12 +506,12 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
         x_real, label = run.latents.sample_batch(cfg.batch)
         # As on the web, some captions are wrong (ours): else guidance would have nothing to mend.
         # They mix other classes into mu(x, label), and so draw it to mu(x, null). Guidance leads
-        # away from mu(x, null). (Part 6 has right labels: a wrong one contradicts a noised x_real.)
+        # away from mu(x, null). (Part 6 has right labels: DMD would turn one tone into another.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
         is_dropped = torch.rand(len(label), device=run.device) < cfg.label_dropout
-        label = torch.where(is_dropped, cfg.null, label)  # guidance needs mu(x, null), too
+        label = torch.where(is_dropped, cfg.null, label)  # else mu(x, null) is never trained
         sigma = draw_sigma("train", len(label), cfg, run.device)
         loss = loss_of(model, x_real, label, sigma, cfg)
         optimizer_step(loss, optimizer, lr_at(i, updates, lr))
@@ -530,7 +530,7 @@ def train_teacher(run):
 # of a DiT grows sharply in its last blocks, and the output layer learnt to read what the last block
 # writes. An early exit shows it something else. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
-#   2. The network is told its budget (DiT.budget_table). ASE's must infer its jumps from sigma.
+#   2. The network is told its budget (DiT.budget_table). ASE's must guess it from sigma.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
@@ -603,15 +603,14 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """Its gradient on x_gen is g / number of values. Its value shows no progress: g is relative."""
+    """Made so that its gradient on x_gen is g / number of values. Its value tells little."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
     """Ours: c_skip (x_gen - x_real)^2, where x_gen is the answer to x_real + sigma * noise. Updates
     for much noise also shift the answers to little noise, by a few percent. DMD hardly sees it: the
-    fake score's own error is larger. But shifts add up from call to call, and of 8 calls, more are
-    at little noise than of 4. There one answer is right, x_real: this loss holds it. c_skip is 1
-    without noise, and 0 in much, where many answers are right, and where this loss would blur."""
+    fake score's own error is larger. But over many calls, shifts add up. In little noise one answer
+    is right, x_real, and is held here. In much, many are: this would blur, and c_skip goes to 0."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
@@ -700,7 +699,8 @@ def sample_multistep(denoise, x, sigmas, label):
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-STUDENTS = ["re-noised", "presto-s", "presto-ls"]  # re-noised, a control: the teacher sampled so
+# "re-noised", a control: the teacher in the students' sampler, unguided. What does training add?
+STUDENTS = ["re-noised", "presto-s", "presto-ls"]
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
     """Clips (batch, time) on the CPU for label (batch,), and the seconds that they took. Noise is
