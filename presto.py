@@ -384,8 +384,8 @@ def student_sigmas(steps, cfg):
     return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
-    """Draw noise levels (count,). "train" (the losses): where the teacher is good. Hardly any are
-    near sigma_max, where sampling starts: so the generator has "inf". "discrete": as in DMD2."""
+    """Draw noise levels (count,). "train" (all losses): middle ones, where most can be learnt. Few
+    are near sigma_max, where sampling starts: so the generator has "inf". "discrete": as DMD2."""
     if distribution == "train":  # ln sigma is Gaussian (EDM, table 1)
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
     if distribution == "inf":  # squared: more of small u, much noise, where all students start
@@ -530,7 +530,7 @@ def train_teacher(run):
 # of a DiT grows sharply in its last blocks, and the output layer learnt to read what the last block
 # writes. An early exit shows it something else. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
-#   2. The network is told its budget (DiT.budget_table). ASE's must guess it from sigma.
+#   2. The network is told its budget (DiT.budget_table). ASE's guesses from sigma where it jumps.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
@@ -552,7 +552,7 @@ def with_budget(model, fractions, cfg):
     return denoise
 
 def layer_loss(model, x_real, label, sigma, cfg):
-    """The loss of Presto-L: L_DSM of the short pass + self_teacher * L_st. ASE has L_DSM alone.
+    """The loss of Presto-L: L_DSM, which ties it to the data (ASE has this alone), + L_st.
     L_st's target: what the same weights answer at full depth. They began as the teacher: so this is
     nearly the mean E[x0 | x], a calm target, while x_real is a random x0. No gradient flows
     through the target (our reading): it would pull full depth down to the short pass."""
@@ -653,7 +653,7 @@ def train_student(run, stage):
     short_scores = is_ls and not cfg.full_scores  # then they start at Presto-L, drop layers too
     score_stage, score_fractions = ("presto-l", fractions) if short_scores else ("teacher", None)
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
-    fake_net = run.load(score_stage).requires_grad_(True)
+    fake_net = run.load(score_stage).requires_grad_(True)  # the generator starts there, too
     if cfg.tell_level:
         fake_net.net.gen_level = LevelEmbedding(cfg.width).to(run.device)
     head = Discriminator(cfg).to(run.device)
@@ -672,7 +672,7 @@ def train_student(run, stage):
         return x_gen, x_real, label, sigma, told
     for i in run.loop(stage, cfg.student_updates, net=generator_net, ema=ema, fake=fake_net,
                       head=head, optimizer=optimizer, fake_optimizer=fake_optimizer):
-        # DMD is wrong if fake_score lags: so 5 updates; at first 100: it starts from the teacher.
+        # DMD is wrong if fake_score lags: so 5 updates; at first 100, to learn x_gen and told.
         for _ in range(cfg.warm_updates if i == 0 else cfg.fake_updates):
             with torch.no_grad():
                 x_gen, x_real, label, _, told = make_x_gen()
@@ -683,7 +683,7 @@ def train_student(run, stage):
         loss = loss + cfg.anchor * anchor_loss(x_gen, x_real, sigma, cfg)
         optimizer_step(loss, optimizer, lr_at(i, cfg.student_updates, cfg.generator_lr))
         ema.update_parameters(generator_net)
-        run.log(ema.module, loss=loss, fake=loss_fake)  # an equilibrium: watch accuracy
+        run.log(ema.module, loss=loss, fake=loss_fake)  # opponents: watch accuracy
     return ema.module
 
 @torch.no_grad()
