@@ -32,7 +32,7 @@ SYMBOLS (the paper's name, then the name in this file)
     p(sigma^train)  "train"         the noise levels on which the teacher was trained
     p(sigma^inf)    "inf"           inference: levels that the students' sampler visits, continuous
     p_gen, p_DMD    p_gen, p_dmd    "train" or "inf": the noise at steps 1 and 3 of the loop below
-    p_DSM, p_GAN    p_dsm, p_gan    the same, at steps 5 and 7 (p_gen: also "discrete", as in DMD2)
+    p_DSM, p_GAN    p_dsm, p_gan    the same, at steps 5 and 7. p_gen may be "discrete", too (DMD2)
 
 DSM, denoising score matching, trains teacher and fake score (why "score": see dmd_gradient). DMD,
 distribution matching distillation, trains a generator until its outputs are distributed as the
@@ -384,8 +384,8 @@ def student_sigmas(steps, cfg):
     return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
-    """Draw noise levels (count,). "train" (all losses): middle ones, where most can be learnt. Few
-    are near sigma_max, where sampling starts: so the generator has "inf". "discrete": as DMD2."""
+    """Draw noise levels (count,). "train": middle ones (in little noise D is x, in much the mean).
+    Few are near sigma_max, where sampling starts: so the generator has "inf". "discrete": DMD2."""
     if distribution == "train":  # ln sigma is Gaussian (EDM, table 1)
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
     if distribution == "inf":  # squared: more of small u, much noise, where all students start
@@ -511,7 +511,7 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
         is_dropped = torch.rand(len(label), device=run.device) < cfg.label_dropout
-        label = torch.where(is_dropped, cfg.null, label)  # else mu(x, null) is never trained
+        label = torch.where(is_dropped, cfg.null, label)  # else mu(x, null) is never learnt
         sigma = draw_sigma("train", len(label), cfg, run.device)
         loss = loss_of(model, x_real, label, sigma, cfg)
         optimizer_step(loss, optimizer, lr_at(i, updates, lr))
@@ -538,7 +538,7 @@ def budget_at(sigma, fractions, cfg):
     (our reading of ASE's time): so the teacher's steps are spread evenly over the bins."""
     bins = len(fractions)
     edges = rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,), rising
-    edges = 0.999 * edges  # a level on an edge (a student's u = 0.2) goes to the noisier bin
+    edges = 0.999 * edges  # a level on an edge belongs to the noisier bin
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
     return int(budget) if sigma.ndim == 0 else budget
@@ -609,7 +609,7 @@ def dmd_loss(x_gen, gradient):
 def anchor_loss(x_gen, x_real, sigma, cfg):
     """Ours: c_skip (x_gen - x_real)^2, where x_gen is the answer to x_real + sigma * noise. Updates
     for much noise also shift the answers to little noise, by a few percent. DMD hardly sees it: the
-    fake score's own error is larger. But over many calls, shifts add up. In little noise one answer
+    fake score's own error is larger. But over many steps, shifts add up. In little noise one answer
     is right, x_real, and is held here. In much, many are: this would blur, and c_skip goes to 0."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
@@ -618,7 +618,7 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". It learns from x_real: so it mends the teacher's errors, which DMD copies. It reads
     the fake score's features (DMD2): the teacher does not know the generator's faults. L_DMD's
-    gradient, g / number of values, is large for small latents: so nu1 is larger, too (by trial)."""
+    gradient, g / number of values, is large here, with few values: nu1 is, too (by trial)."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -653,7 +653,7 @@ def train_student(run, stage):
     short_scores = is_ls and not cfg.full_scores  # then they start at Presto-L, drop layers too
     score_stage, score_fractions = ("presto-l", fractions) if short_scores else ("teacher", None)
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
-    fake_net = run.load(score_stage).requires_grad_(True)  # the generator starts there, too
+    fake_net = run.load(score_stage).requires_grad_(True)  # a denoiser already: it catches up soon
     if cfg.tell_level:
         fake_net.net.gen_level = LevelEmbedding(cfg.width).to(run.device)
     head = Discriminator(cfg).to(run.device)
@@ -661,7 +661,7 @@ def train_student(run, stage):
     real_score = guided(with_budget(run.load(score_stage), score_fractions, cfg), cfg)
     fake_score = with_budget(fake_net, score_fractions, cfg)
     ema = AveragedModel(generator_net, multi_avg_fn=get_ema_multi_avg_fn(cfg.student_ema))
-    # No momentum (ours): an old gradient leads away from what fake_score knew some updates ago.
+    # No momentum (ours): an old gradient came from an older fake_score.
     optimizer = torch.optim.Adam(generator_net.parameters(), betas=(0.0, 0.999), fused=True)
     fake_optimizer = torch.optim.Adam([*fake_net.parameters(), *head.parameters()], fused=True)
     def make_x_gen():
@@ -672,7 +672,7 @@ def train_student(run, stage):
         return x_gen, x_real, label, sigma, told
     for i in run.loop(stage, cfg.student_updates, net=generator_net, ema=ema, fake=fake_net,
                       head=head, optimizer=optimizer, fake_optimizer=fake_optimizer):
-        # DMD is wrong if fake_score lags: so 5 updates; at first 100, to learn x_gen and told.
+        # DMD is wrong if fake_score lags: so 5 updates; at first 100: gen_level is new.
         for _ in range(cfg.warm_updates if i == 0 else cfg.fake_updates):
             with torch.no_grad():
                 x_gen, x_real, label, _, told = make_x_gen()
@@ -683,7 +683,7 @@ def train_student(run, stage):
         loss = loss + cfg.anchor * anchor_loss(x_gen, x_real, sigma, cfg)
         optimizer_step(loss, optimizer, lr_at(i, cfg.student_updates, cfg.generator_lr))
         ema.update_parameters(generator_net)
-        run.log(ema.module, loss=loss, fake=loss_fake)  # opponents: watch accuracy
+        run.log(ema.module, loss=loss, fake=loss_fake)  # losses of opponents: watch accuracy
     return ema.module
 
 @torch.no_grad()
