@@ -241,7 +241,7 @@ def stft_distance(output, wave):
 def vae_loss(vae, wave, cfg):
     """Relative waveform error + STFT distance + KL to the unit Gaussian. Returns (loss, error).
     "Relative" to each clip's energy: a quiet clip counts as much as a loud one. The noise teaches
-    the decoder to bear slightly wrong latents, as all generated ones are. KL keeps the noise."""
+    the decoder to bear slightly wrong latents, as generated ones are. Without KL, it vanishes."""
     mean, log_std = vae.posterior(wave)
     latents = mean + log_std.exp() * torch.randn_like(mean)  # (batch, channels, frames)
     output = vae.decode((latents - vae.mean) / vae.scale)  # `decode` undoes it
@@ -552,10 +552,10 @@ def with_budget(model, fractions, cfg):
     return denoise
 
 def layer_loss(model, x_real, label, sigma, cfg):
-    """The loss of Presto-L: L_DSM, which ties it to the data (ASE has this alone), + L_st.
-    L_st's target: what the same weights answer at full depth. They began as the teacher: so this is
-    nearly the mean E[x0 | x], a calm target, while x_real is a random x0. No gradient flows
-    through the target (our reading): it would pull full depth down to the short pass."""
+    """The loss of Presto-L: L_DSM (ASE has it alone) + L_st, which teaches the short pass what the
+    same weights answer at full depth: nearly the mean E[x0 | x], as in the teacher that they began
+    as, while x_real is a random x0. L_DSM ties both to the data: L_st alone could drift with its
+    target. No gradient flows through the target (our reading): full depth must not get worse."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
