@@ -54,7 +54,7 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     6  and fake_score learns to denoise it. If it lags, step 4 judges an older generator.
     7  x_gen and x_real are noised at a level drawn from p_gan,
     8  and the head learns to tell them apart. The generator learns to deceive it.
-    Five times 1, 2, 5 to 8 train fake_score and head; then 1 to 4, 7, 8 train the generator once.
+    Five times, 1, 2, 5 to 8 train fake_score and head. Then 1 to 4, 7, 8 train the generator once.
 """
 
 import argparse
@@ -208,7 +208,7 @@ class VAE(nn.Module):
         self.encoder = nn.Sequential(*[ResidualBlock(w) for _ in range(n)], nn.Linear(w, 2 * c))
         self.decoder = nn.Sequential(nn.Linear(c, w), *[ResidualBlock(w) for _ in range(n)])
         self.join = nn.ConvTranspose1d(w, 1, 2 * s, s, padding=s // 2)  # frames -> waveform
-        # train_vae sets these: each channel gets mean 0 and std sigma_data, as Denoiser assumes.
+        # train_vae sets these: mean 0, std sigma_data per channel: else F would not see variance 1.
         self.register_buffer("mean", torch.zeros(cfg.latent_channels, 1))
         self.register_buffer("scale", torch.ones(cfg.latent_channels, 1))
 
@@ -241,7 +241,7 @@ def stft_distance(output, wave):
 def vae_loss(vae, wave, cfg):
     """Relative waveform error + STFT distance + KL to the unit Gaussian. Returns (loss, error).
     "Relative" to each clip's energy: a quiet clip counts as much as a loud one. The noise teaches
-    the decoder to bear slightly wrong latents, as generated ones are. Without KL, it vanishes."""
+    the decoder to bear inexact latents, as generated ones are. Without KL, this noise vanishes."""
     mean, log_std = vae.posterior(wave)
     latents = mean + log_std.exp() * torch.randn_like(mean)  # (batch, channels, frames)
     output = vae.decode((latents - vae.mean) / vae.scale)  # `decode` undoes it
@@ -301,7 +301,7 @@ class DiT(nn.Module):
         self.level = LevelEmbedding(cfg.width)
         self.gen_level = None  # a second LevelEmbedding, which only the fake score gets (Part 6)
         self.label_table = nn.Embedding(cfg.null + 1, cfg.width)  # the last row is the null label
-        # Row cfg.depth stays zero (padding_idx): that budget and None remain the same network.
+        # Row cfg.depth stays zero (padding_idx): it and None always run the same network.
         self.budget_table = nn.Embedding(cfg.depth + 1, cfg.width, padding_idx=cfg.depth)
         nn.init.zeros_(self.budget_table.weight)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.num_heads) for _ in range(cfg.depth))
@@ -351,7 +351,7 @@ class DiT(nn.Module):
 # least squared error. A generator's is one sample of them. (The fake score is told more: Part 6.)
 class Denoiser(nn.Module):
     """D = c_skip x + c_out F (EDM, equation 7). The DiT F sees and answers with variance 1 at every
-    sigma from .002 to 80. In little noise, D is nearly x, and an error of F counts little."""
+    sigma from .002 to 80. In little noise, D is nearly x: c_out makes F's errors small."""
     def __init__(self, cfg):
         super().__init__()
         self.sigma_data = cfg.sigma_data
@@ -525,12 +525,12 @@ def train_teacher(run):
 
 # ---- Part 5. Presto-L: fewer layers where there is more noise ------------------------------------
 # ASE (Moon et al. 2024): far from the data a denoiser only has to say roughly where the data is,
-# and few blocks can do that. So fewer blocks run as the noise grows. A trained DiT is fine-tuned
+# and few blocks can do that. Near the data, details need them all. A trained DiT is fine-tuned
 # for it, each sample leaving the network at its own exit. Presto! sees a weakness: the hidden state
 # of a DiT grows sharply in its last blocks, and the output layer learnt to read what the last block
 # writes. An early exit shows it something else. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
-#   2. The network is told its budget (DiT.budget_table). ASE's guesses from sigma where it jumps.
+#   2. The network is told its budget (DiT.budget_table). In ASE it must guess it from sigma.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
@@ -553,9 +553,9 @@ def with_budget(model, fractions, cfg):
 
 def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM (ASE has it alone) + L_st, which teaches the short pass what the
-    same weights answer at full depth: nearly the mean E[x0 | x], as in the teacher that they began
-    as, while x_real is a random x0. L_DSM ties both to the data: L_st alone could drift with its
-    target. No gradient flows through the target (our reading): full depth must not get worse."""
+    same weights answer at full depth. They began as the teacher: so that is nearly the mean
+    E[x0 | x]; x_real is only a random x0. L_DSM ties both to the data: alone, L_st could drift with
+    its target. No gradient flows through that (our reading): full depth must not get worse."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -616,7 +616,7 @@ def anchor_loss(x_gen, x_real, sigma, cfg):
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
-    1, "real". It learns from x_real: so it mends the teacher's errors, which DMD copies. It reads
+    1, "real". It learnt from x_real: so it mends the teacher's errors, which DMD copies. It reads
     the fake score's features (DMD2): the teacher does not know the generator's faults. L_DMD's
     gradient, g / number of values, is large here, with few values: nu1 is, too (by trial)."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
@@ -644,7 +644,7 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
     Presto-L, which knows how. The scores keep full depth (our reading): the generator copies their
-    errors, and they cost nothing at inference. `tell_level` (ours): fake_score would see the
+    errors, and they cost nothing at inference. `tell_level` (ours): else fake_score sees the
     answers to all noise levels mixed. If some are too quiet and others too loud, the mixture can
     look right: nothing corrects them, and they drift apart. So it is told sigma_gen, the level of
     the generator's input. (real_score is not: real latents are the same for all levels.)"""
