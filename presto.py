@@ -430,7 +430,7 @@ def sample_heun(denoise, x, sigmas, label):
         x_next = x + (sigma_next - sigma) * d  # Euler's step
         if sigma_next > 0:  # at 0 there is no second slope: Euler's step is kept
             d_next = (x_next - denoise(x_next, sigma_next, label)) / sigma_next
-            x_next = x + (sigma_next - sigma) * (d + d_next) / 2  # paths bend: the mean slope
+            x_next = x + (sigma_next - sigma) * (d + d_next) / 2  # paths bend: so the mean of both
         x = x_next
     return x
 
@@ -530,7 +530,7 @@ def train_teacher(run):
 # of a DiT grows sharply in its last blocks, and the output layer learnt to read what the last block
 # writes. An early exit shows it something else. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
-#   2. The network is told its budget (DiT.budget_table). In ASE it must guess it from sigma.
+#   2. The network is told its budget (DiT.budget_table), which jumps where sigma hardly changes.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
@@ -720,7 +720,7 @@ def make_clips(name, model, vae, label, steps, cfg):
 
 def spread_by_level(denoise, x_real, label, sigma):
     """Variance of a denoiser's answers to noised x_real within a class, over that of x_real. 0: all
-    are the class's mean. x_real (batch, channels, frames), label (batch,), sigma ()."""
+    are the class's mean (a teacher, in much noise). x_real (batch, channels, frames), label (batch,), sigma ()."""
     def variance(x):
         return sum(x[label == c].var(0).sum() for c in label.unique())
     answers = denoise(add_noise(x_real, sigma), sigma, label)
