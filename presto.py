@@ -301,7 +301,7 @@ class DiT(nn.Module):
         self.level = LevelEmbedding(cfg.width)
         self.gen_level = None  # a second LevelEmbedding, which only the fake score gets (Part 6)
         self.label_table = nn.Embedding(cfg.null + 1, cfg.width)  # the last row is the null label
-        # Row cfg.depth stays zero (padding_idx): it and None always run the same network.
+        # Row cfg.depth stays zero (padding_idx): budgets depth and None are one network.
         self.budget_table = nn.Embedding(cfg.depth + 1, cfg.width, padding_idx=cfg.depth)
         nn.init.zeros_(self.budget_table.weight)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.num_heads) for _ in range(cfg.depth))
@@ -506,7 +506,7 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
         x_real, label = run.latents.sample_batch(cfg.batch)
         # As on the web, some captions are wrong (ours): else guidance would have nothing to mend.
         # They mix other classes into mu(x, label), and so draw it to mu(x, null). Guidance leads
-        # away from mu(x, null). (Part 6 has right labels: DMD would turn one tone into another.)
+        # away from there. (Part 6 has right labels: with wrong ones, DMD would change the tones.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -688,10 +688,10 @@ def train_student(run, stage):
 
 @torch.no_grad()
 def sample_multistep(denoise, x, sigmas, label):
-    """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's needs
-    means for its slopes.) No guidance: it was learnt. x: noise of deviation sigmas[0] (batch,
-    channels, frames). In training the input is a noised x_real: at sigma_max nearly pure noise, and
-    later like a noised x0, if x0 looks real. Any number of steps works: all levels were trained."""
+    """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's slopes
+    need means; students answer with samples.) No guidance: it was learnt. x: noise of deviation
+    sigmas[0]. In training the input is a noised x_real: at sigma_max nearly pure noise, and later
+    like a noised x0, if x0 looks real. Any number of steps works: all levels were trained."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)
@@ -719,8 +719,8 @@ def make_clips(name, model, vae, label, steps, cfg):
     return wave, time.perf_counter() - start
 
 def spread_by_level(denoise, x_real, label, sigma):
-    """Variance of a denoiser's answers to noised x_real within a class, over that of x_real. 0: all
-    are the class's mean (a teacher, in much noise). x_real (batch, channels, frames), label (batch,), sigma ()."""
+    """Variance within a class of the answers to noised x_real (batch, channels, frames), over that
+    of x_real. In much noise: near 0 if they are means (a teacher), 1 if samples (a student)."""
     def variance(x):
         return sum(x[label == c].var(0).sum() for c in label.unique())
     answers = denoise(add_noise(x_real, sigma), sigma, label)
