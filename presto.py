@@ -52,7 +52,7 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
        generator makes. Their difference points from generated to real: the generator follows it.
     5  x_gen is noised at a level drawn from p_dsm,
     6  and fake_score learns to denoise it. If it lags, step 4 judges an older generator.
-    7  x_gen and x_real are noised at a level drawn from p_gan,
+    7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan,
     8  and the head learns to tell them apart. The generator learns to deceive it.
     Five times, 1, 2, 5 to 8 train fake_score and head. Then 1 to 4, 7, 8 train the generator once.
 """
@@ -555,7 +555,7 @@ def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM (ASE has it alone) + L_st, which teaches the short pass what the
     same weights answer at full depth. They began as the teacher: so that is nearly the mean
     E[x0 | x]; x_real is only a random x0. L_DSM ties both to the data: alone, L_st could drift with
-    its target. No gradient flows through that (our reading): full depth must not get worse."""
+    its target. No gradient flows through that (our reading): else full depth gets worse."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -593,9 +593,9 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     A denoiser is a score in disguise: grad log p(x) = (mu(x) - x) / sigma^2 (Tweedie), where p is
     the density of noised latents. So mu_fake - mu_real is sigma^2 times the gradient of
     r = log(p_generated / p_real). The mean of r over noised x_gen is the KL that DMD lowers.
-    Descent moves x_gen to where real latents are more frequent than generated ones. That both
-    answers are blurs does no harm: the formula needs means. The divisor: all clips count alike.
-    Only real_score is guided: fake_score must describe the generator's distribution as it is."""
+    Descent moves x_gen to where real latents are more frequent than generated ones; mu_real alone
+    would blur it. That both are blurs does no harm: the formula needs means. The divisor: all clips
+    count alike. Only real_score is guided: fake_score must describe the generator as it is."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
     fake = fake_score(x, sigma, label)  # 4  (batch, channels, frames)
