@@ -506,7 +506,7 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
         x_real, label = run.latents.sample_batch(cfg.batch)
         # As on the web, some captions are wrong (ours): else guidance would have nothing to mend.
         # They mix other classes into mu(x, label), and so draw it to mu(x, null). Guidance leads
-        # away from there. (Part 6 has right labels: with wrong ones, DMD would change the tones.)
+        # away from there. (Part 6 has right labels: with wrong ones, DMD would turn sines into saws.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -530,7 +530,7 @@ def train_teacher(run):
 # of a DiT grows sharply in its last blocks, and the output layer learnt to read what the last block
 # writes. An early exit shows it something else. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
-#   2. The network is told its budget (DiT.budget_table), which jumps where sigma hardly changes.
+#   2. The network is told its budget (DiT.budget_table). Near a bin's edge, sigma hardly shows it.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
@@ -609,7 +609,7 @@ def dmd_loss(x_gen, gradient):
 def anchor_loss(x_gen, x_real, sigma, cfg):
     """Ours: c_skip (x_gen - x_real)^2, where x_gen is the answer to x_real + sigma * noise. Updates
     for much noise also shift the answers to little noise, by a few percent. DMD hardly sees it: the
-    fake score's own error is larger. But over many steps, shifts add up. In little noise one answer
+    fake score's own error is larger. But in a sampler, shifts add up. In little noise one answer
     is right, x_real, and is held here. In much, many are: this would blur, and c_skip goes to 0."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
@@ -618,7 +618,7 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". It learnt from x_real: so it mends the teacher's errors, which DMD copies. It reads
     the fake score's features (DMD2): the teacher does not know the generator's faults. L_DMD's
-    gradient, g / number of values, is large here, with few values: nu1 is, too (by trial)."""
+    gradient is g / number of values. A clip has few here: so nu1 must be large, too (by trial)."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -691,7 +691,7 @@ def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's slopes
     need means; students answer with samples.) No guidance: it was learnt. x: noise of deviation
     sigmas[0]. In training the input is a noised x_real: at sigma_max nearly pure noise, and later
-    like a noised x0, if x0 looks real. Any number of steps works: all levels were trained."""
+    like a noised x0, if x0 looks real. Any number of steps runs: all levels were trained."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)
@@ -776,7 +776,7 @@ class Run:
                 seed_with(self.seed, stage, self.update)
                 yield self.update
                 self.bar.update()
-        seed_with(self.seed, stage, total)
+        seed_with(self.seed, stage, total)  # for what is drawn after the loop
     def log(self, model=None, **values):
         self.shown.update(values)
         world, done = self.cfg.world, self.update + 1
