@@ -208,7 +208,7 @@ class VAE(nn.Module):
         self.encoder = nn.Sequential(*[ResidualBlock(w) for _ in range(n)], nn.Linear(w, 2 * c))
         self.decoder = nn.Sequential(nn.Linear(c, w), *[ResidualBlock(w) for _ in range(n)])
         self.join = nn.ConvTranspose1d(w, 1, 2 * s, s, padding=s // 2)  # frames -> waveform
-        # train_vae sets these: mean 0, std sigma_data per channel: else F would not see variance 1.
+        # train_vae sets these: mean 0, std sigma_data per channel. Denoiser relies on that.
         self.register_buffer("mean", torch.zeros(cfg.latent_channels, 1))
         self.register_buffer("scale", torch.ones(cfg.latent_channels, 1))
 
@@ -278,10 +278,10 @@ class Block(nn.Module):
 
 class LevelEmbedding(nn.Module):
     """c_noise = ln(sigma) / 4 (batch,) -> conditioning (batch, width), by Fourier features: an MLP
-    hardly sees small steps of one number, but waves of many lengths show them."""
+    hardly sees small steps of one number. Waves show them: 0.4 to 40 over all noise levels."""
     def __init__(self, width):
         super().__init__()
-        self.register_buffer("frequencies", torch.logspace(0, 2, width // 2))  # .4 to 40 waves
+        self.register_buffer("frequencies", torch.logspace(0, 2, width // 2))
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, c_noise):
@@ -301,7 +301,7 @@ class DiT(nn.Module):
         self.level = LevelEmbedding(cfg.width)
         self.gen_level = None  # a second LevelEmbedding, which only the fake score gets (Part 6)
         self.label_table = nn.Embedding(cfg.null + 1, cfg.width)  # the last row is the null label
-        # Row cfg.depth stays zero (padding_idx): budgets depth and None are one network.
+        # Row cfg.depth stays zero (padding_idx): so budget cfg.depth and None do the same.
         self.budget_table = nn.Embedding(cfg.depth + 1, cfg.width, padding_idx=cfg.depth)
         nn.init.zeros_(self.budget_table.weight)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.num_heads) for _ in range(cfg.depth))
@@ -384,8 +384,8 @@ def student_sigmas(steps, cfg):
     return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
-    """Draw noise levels (count,). "train": middle ones (in little noise D is x, in much the mean).
-    Few are near sigma_max, where sampling starts: so the generator has "inf". "discrete": DMD2."""
+    """Draw noise levels (count,). "train": middle ones; little noise and much are easy. "inf", for
+    the generator: from sigma_max, where sampling starts and "train" has few. "discrete": DMD2."""
     if distribution == "train":  # ln sigma is Gaussian (EDM, table 1)
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
     if distribution == "inf":  # squared: more of small u, much noise, where all students start
@@ -504,9 +504,9 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
-        # As on the web, some captions are wrong (ours): else guidance would have nothing to mend.
-        # They mix other classes into mu(x, label), and so draw it to mu(x, null). Guidance leads
-        # away from there. (Part 6 has right labels: with wrong ones, DMD would turn sines into saws.)
+        # As on the web, some captions are wrong (ours). They mix other classes into mu(x, label),
+        # which comes nearer to mu(x, null). Guidance leads away from there: so it has something to
+        # mend. (Part 6 has right labels: with wrong ones, DMD would turn sines into saws.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -552,10 +552,10 @@ def with_budget(model, fractions, cfg):
     return denoise
 
 def layer_loss(model, x_real, label, sigma, cfg):
-    """The loss of Presto-L: L_DSM (ASE has it alone) + L_st, which teaches the short pass what the
-    same weights answer at full depth. They began as the teacher: so that is nearly the mean
-    E[x0 | x]; x_real is only a random x0. L_DSM ties both to the data: alone, L_st could drift with
-    its target. No gradient flows through that (our reading): else full depth gets worse."""
+    """The loss of Presto-L: L_DSM (ASE has it alone) + L_st, which teaches the short pass what full
+    depth answers: nearly the mean E[x0 | x], because the weights began as the teacher's. x_real is
+    only a random x0. But L_DSM ties both to the data: alone, L_st could drift with its target. The
+    target has no gradient (our reading): it would get worse, to be nearer to the short pass."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
