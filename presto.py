@@ -554,8 +554,8 @@ def with_budget(model, fractions, cfg):
 def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM (ASE has it alone) + L_st, which teaches the short pass what full
     depth answers: nearly the mean E[x0 | x], because the weights began as the teacher's. x_real is
-    only a random x0. But L_DSM ties both to the data: alone, L_st could drift with its target. The
-    target has no gradient (our reading): it would get worse, to be nearer to the short pass."""
+    only a random x0. But L_DSM is needed: it ties the shared weights, and so the target, to data.
+    That has no gradient (our reading): it would get worse, to be nearer to the short pass."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -690,8 +690,8 @@ def train_student(run, stage):
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's slopes
     need means; students answer with samples.) No guidance: it was learnt. x: noise of deviation
-    sigmas[0]. In training the input is a noised x_real: at sigma_max nearly pure noise, and later
-    like a noised x0, if x0 looks real. Any number of steps runs: all levels were trained."""
+    sigmas[0]. In training the input is a noised x_real: at sigma_max nearly pure noise, then like
+    a noised x0. All levels were trained: any number of steps runs, but errors are handed on."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)
