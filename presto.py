@@ -526,9 +526,9 @@ def train_teacher(run):
 # ---- Part 5. Presto-L: fewer layers where there is more noise ------------------------------------
 # ASE (Moon et al. 2024): far from the data a denoiser only has to say roughly where the data is,
 # and few blocks can do that. Near the data, details need them all. A trained DiT is fine-tuned
-# for it, each sample leaving the network at its own exit. Presto! sees a weakness: the hidden state
-# of a DiT grows sharply in its last blocks, and the output layer learnt to read what the last block
-# writes. An early exit shows it something else. Presto-L makes three changes:
+# for it, each sample leaving the network at its own exit. Presto! sees a weakness: the variance
+# of a DiT's hidden state grows sharply in the last blocks. The output layer learnt to read what
+# those write. An early exit shows it another distribution. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
 #   2. The network is told its budget (DiT.budget_table). Near a bin's edge, sigma hardly shows it.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
@@ -555,7 +555,7 @@ def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM (ASE has it alone) + L_st, which teaches the short pass what full
     depth answers: nearly the mean E[x0 | x], because the weights began as the teacher's. x_real is
     only a random x0. But L_DSM is needed: it ties the shared weights, and so the target, to data.
-    That has no gradient (our reading): it would get worse, to be nearer to the short pass."""
+    The target has no gradient (our reading): it would get worse, to be nearer to the short pass."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -618,7 +618,7 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". It learnt from x_real: so it mends the teacher's errors, which DMD copies. It reads
     the fake score's features (DMD2): the teacher does not know the generator's faults. L_DMD's
-    gradient is g / number of values. A clip has few here: so nu1 must be large, too (by trial)."""
+    gradient is g / number of values, few here: so nu1 must be large, too (by trial)."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
