@@ -21,6 +21,27 @@ READING ORDER (it is also the order of execution)
             Presto-LS   both: the same loop, started from Presto-L
     Part 7  Generating and measuring. (Part 8: runs and command line, no lesson here)
 
+THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines of Part 6)
+    x_real --(1)--> [generator] --(2)--> x_gen --+--(3)--> [real_score], [fake_score] --(4)--> DMD
+                                                 +--(5)--> [fake_score] --(6)--> DSM
+                                   x_gen, x_real +--(7)--> [half of fake_score, head] --(8)--> GAN
+
+    1  Real latents are noised, at a level drawn from the distribution p_gen.
+    2  The generator denoises them in one call. Its answer x_gen should look like a real latent.
+    3  x_gen is noised again, because denoisers know only noised latents. The level is drawn from
+       p_dmd: much noise leaves only coarse features to compare; little noise leaves details, too.
+    4  Two denoisers look at it. real_score, the teacher, knows the real data; fake_score knows what
+       the generator makes. Their difference points from generated to real: the generator follows.
+    5  x_gen is noised at a level drawn from p_dsm,
+    6  and fake_score learns to denoise it. If it lags, step 4 judges an older generator.
+    7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan,
+    8  and half of fake_score, with head, learns to tell them apart; the generator, to deceive it.
+    Five times, 1, 2, 5 to 8 train fake_score and head. Then 1 to 4, 7, 8 train the generator once.
+
+DMD is distribution matching distillation; DMD2 adds the GAN. DSM, denoising score matching, is the
+usual loss of a denoiser (why "score": see dmd_gradient). ASE, a simple early-exiting framework,
+runs fewer of a network's blocks where there is more noise.
+
 SYMBOLS (the paper's name, then the name in this file)
     x_real          x_real          a latent from the VAE, scaled to standard deviation sigma_data
     e, null         label, null     the condition: text in the paper, a class of tones here
@@ -29,32 +50,9 @@ SYMBOLS (the paper's name, then the name in this file)
     mu_psi          fake_score      a denoiser that learns what the generator makes
     G_phi           generator       the few-step student
     D_psi           head            the discriminator's head, on fake_score's half-way features
+    p_gen to p_GAN  p_gen to p_gan  which noise at 1, 3, 5, 7: "train", "inf" (DMD2: "discrete")
     p(sigma^train)  "train"         the noise levels on which the teacher was trained
-    p(sigma^inf)    "inf"           inference: levels that the students' sampler visits, continuous
-    p_gen, p_DMD    p_gen, p_dmd    "train" or "inf": the noise at steps 1 and 3 of the loop below
-    p_DSM, p_GAN    p_dsm, p_gan    the same, at steps 5 and 7. p_gen may be "discrete", too (DMD2)
-
-DSM, denoising score matching, trains teacher and fake score (why "score": see dmd_gradient). DMD,
-distribution matching distillation, trains a generator until its outputs are distributed as the
-teacher's. DMD2 adds a GAN: a discriminator learns to tell real from generated, the generator to
-deceive it. ASE, a simple early-exiting framework, runs fewer of a network's blocks in more noise.
-
-THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines of Part 6)
-    x_real --(1)--> [generator] --(2)--> x_gen --+--(3)--> [real_score], [fake_score] --(4)--> DMD
-                                                 +--(5)--> [fake_score] --(6)--> DSM
-                                   x_gen, x_real +--(7)--> [half of fake_score, head] --(8)--> GAN
-
-    1  Real latents are noised, at a level drawn from p_gen.
-    2  The generator denoises them in one call. Its answer x_gen should look like a real latent.
-    3  x_gen is noised again, because denoisers know only noised latents. The level is drawn from
-       p_dmd: much noise leaves only coarse features to compare; little noise leaves details, too.
-    4  Two denoisers look at it. real_score knows the real data; fake_score knows what the
-       generator makes. Their difference points from generated to real: the generator follows it.
-    5  x_gen is noised at a level drawn from p_dsm,
-    6  and fake_score learns to denoise it. If it lags, step 4 judges an older generator.
-    7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan,
-    8  and the head learns to tell them apart. The generator learns to deceive it.
-    Five times, 1, 2, 5 to 8 train fake_score and head. Then 1 to 4, 7, 8 train the generator once.
+    p(sigma^inf)    "inf"           inference: the levels that students will see, made continuous
 """
 
 import argparse
@@ -129,7 +127,7 @@ class Config:
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
     parallel: float = setting("presto-s", 0.1, "share of guidance's parallel part (see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
-    u_end: float = setting("presto-s", 0.8, "students' levels end before this u (rho_schedule)")
+    u_end: float = setting("presto-s", 0.8, "share of the noise schedule that students visit")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
     p_dsm: str = setting("presto-s", "train", "noise under which the fake score learns", NOISE)
@@ -317,8 +315,8 @@ class DiT(nn.Module):
         Budget 3 of 8: ASE runs blocks 0, 1, 2; shifted dropping (Part 5) 0, 1, 7 (our reading)."""
         if budget is None:
             return True
-        if self.keep_last:
-            index = 0 if index == self.depth - 1 else index + 1  # the last block is kept first
+        if self.keep_last:  # the last block, and before it the first ones
+            return (index == self.depth - 1) | (index < budget - 1)
         return index < budget
 
     def forward(self, x, c_noise, label, budget=None, c_gen=None, return_features=False):
@@ -534,11 +532,12 @@ def train_teacher(run):
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
-    `fractions` of the depth belong to equal bins of the rho-schedule's u, from 1 (clean) to 0
-    (our reading of ASE's time): so the teacher's steps are spread evenly over the bins."""
+    The range of the rho-schedule's u is cut into equal bins (our reading of ASE's time): so the
+    teacher's steps are spread evenly over them. `fractions` has each bin's share of the depth. The
+    first is the cleanest: u falls from 1 to 0, while sigma rises from sigma_min to sigma_max."""
     bins = len(fractions)
-    edges = rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,), rising
-    edges = 0.999 * edges  # a level on an edge belongs to the noisier bin
+    # (bins - 1,); 0.999, because a level on an edge belongs to the noisier bin
+    edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
     return int(budget) if sigma.ndim == 0 else budget
@@ -590,12 +589,13 @@ class Discriminator(nn.Module):
 def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     """The distribution-matching gradient on x_gen, as the code of DMD2 computes it.
         g = (mu_fake(x) - mu_real(x)) / mean|x_gen - mu_real(x)|,   x = x_gen + sigma * noise
-    A denoiser is a score in disguise: grad log p(x) = (mu(x) - x) / sigma^2 (Tweedie), where p is
-    the density of noised latents. So mu_fake - mu_real is sigma^2 times the gradient of
-    r = log(p_generated / p_real). The mean of r over noised x_gen is the KL that DMD lowers.
-    Descent moves x_gen to where real latents are more frequent than generated ones; mu_real alone
-    would blur it. That both are blurs does no harm: the formula needs means. The divisor: all clips
-    count alike. Only real_score is guided: fake_score must describe the generator as it is."""
+    A denoiser mu knows the score, the direction in which noised latents become more frequent:
+        grad log p(x) = (mu(x) - x) / sigma^2                       (Tweedie's formula)
+    So mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real). Descent lowers this ratio: it
+    moves x_gen to where real latents are more frequent than generated ones. (Its mean log is the KL
+    divergence, which DMD lowers.) Both mu are blurs, being means of all x0 that fit x. This does no
+    harm: the formula needs means. But mu_real alone would blur x_gen. The divisor: all clips count
+    alike. Only real_score is guided, because fake_score describes the generator as it is."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
     fake = fake_score(x, sigma, label)  # 4  (batch, channels, frames)
@@ -608,17 +608,18 @@ def dmd_loss(x_gen, gradient):
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
     """Ours: c_skip (x_gen - x_real)^2, where x_gen is the answer to x_real + sigma * noise. Updates
-    for much noise also shift the answers to little noise, by a few percent. DMD hardly sees it: the
-    fake score's own error is larger. But in a sampler, shifts add up. In little noise one answer
-    is right, x_real, and is held here. In much, many are: this would blur, and c_skip goes to 0."""
+    for much noise also shift the answers to little noise, by a few percent: too little for DMD to
+    see, but a sampler adds it up. In little noise only one answer is right, x_real: it is held. In
+    much noise many answers are right, and holding one would blur: so c_skip goes to 0."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
-    1, "real". It learnt from x_real: so it mends the teacher's errors, which DMD copies. It reads
-    the fake score's features (DMD2): the teacher does not know the generator's faults. L_DMD's
-    gradient is g / number of values, few here: so nu1 must be large, too (by trial)."""
+    1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
+    It reads the fake score's features (DMD2): the teacher's do not show the generator's faults.
+    nu1 is larger than the paper's, by trial: L_DMD is a mean over the values of a latent. Here they
+    are fewer, so its pull on each is stronger, and L_GAN's must be, too."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -644,10 +645,9 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
     Presto-L, which knows how. The scores keep full depth (our reading): the generator copies their
-    errors, and they cost nothing at inference. `tell_level` (ours): else fake_score sees the
-    answers to all noise levels mixed. If some are too quiet and others too loud, the mixture can
-    look right: nothing corrects them, and they drift apart. So it is told sigma_gen, the level of
-    the generator's input. (real_score is not: real latents are the same for all levels.)"""
+    errors, and they cost nothing at inference. `tell_level` (ours) tells fake_score the level of
+    the generator's input. Else it sees the answers to all levels mixed: if some are too quiet and
+    others too loud, the mixture can look right, nothing corrects them, and they drift apart."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
     short_scores = is_ls and not cfg.full_scores  # then they start at Presto-L, drop layers too
@@ -667,19 +667,19 @@ def train_student(run, stage):
     def make_x_gen():
         x_real, label = run.latents.sample_batch(cfg.student_batch)
         sigma = draw_sigma(cfg.p_gen, len(label), cfg, run.device)  # 1
-        x_gen = generator(add_noise(x_real, sigma), sigma, label)  # 2
-        told = functools.partial(fake_score, sigma_gen=sigma) if cfg.tell_level else fake_score
-        return x_gen, x_real, label, sigma, told
+        return generator(add_noise(x_real, sigma), sigma, label), x_real, label, sigma  # 2
+    def fake_at(sigma):  # the fake score of the answers to this level of noise
+        return functools.partial(fake_score, sigma_gen=sigma) if cfg.tell_level else fake_score
     for i in run.loop(stage, cfg.student_updates, net=generator_net, ema=ema, fake=fake_net,
                       head=head, optimizer=optimizer, fake_optimizer=fake_optimizer):
         # DMD is wrong if fake_score lags: so 5 updates; at first 100: gen_level is new.
         for _ in range(cfg.warm_updates if i == 0 else cfg.fake_updates):
             with torch.no_grad():
-                x_gen, x_real, label, _, told = make_x_gen()
-            loss_fake = fake_score_loss(x_gen, x_real, label, told, head, cfg)  # 5 to 8
+                x_gen, x_real, label, sigma = make_x_gen()  # 1, 2
+            loss_fake = fake_score_loss(x_gen, x_real, label, fake_at(sigma), head, cfg)  # 5 to 8
             optimizer_step(loss_fake, fake_optimizer, cfg.fake_lr)
-        x_gen, x_real, label, sigma, told = make_x_gen()  # 1, 2
-        loss = generator_loss(x_gen, label, real_score, told, head, cfg)  # 3, 4, 7, 8
+        x_gen, x_real, label, sigma = make_x_gen()  # 1, 2
+        loss = generator_loss(x_gen, label, real_score, fake_at(sigma), head, cfg)  # 3, 4, 7, 8
         loss = loss + cfg.anchor * anchor_loss(x_gen, x_real, sigma, cfg)
         optimizer_step(loss, optimizer, lr_at(i, cfg.student_updates, cfg.generator_lr))
         ema.update_parameters(generator_net)
@@ -699,7 +699,7 @@ def sample_multistep(denoise, x, sigmas, label):
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-# "re-noised", a control: the teacher in the students' sampler, unguided. What does training add?
+# "re-noised" is a control: the teacher, not distilled, in the students' sampler, unguided.
 STUDENTS = ["re-noised", "presto-s", "presto-ls"]
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
