@@ -31,12 +31,13 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     3  x_gen is noised again, because denoisers know only noised latents. The level is drawn from
        p_dmd: much noise leaves only coarse features to compare; little noise leaves details, too.
     4  Two denoisers look at it. real_score, the teacher, knows the real data; fake_score knows what
-       the generator makes. Their difference points from generated to real: the generator follows.
+       the generator makes. Their difference points from generated to real.
     5  x_gen is noised at a level drawn from p_dsm,
     6  and fake_score learns to denoise it. If it lags, step 4 judges an older generator.
     7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan,
-    8  and half of fake_score, with head, learns to tell them apart; the generator, to deceive it.
-    Five times, 1, 2, 5 to 8 train fake_score and head. Then 1 to 4, 7, 8 train the generator once.
+    8  and the lower half of fake_score, with head, learns to tell them apart.
+    Five times, 1, 2, 5 to 8 train fake_score and head. Then 1 to 4, 7, 8 train the generator once:
+    it follows the difference, and learns to deceive the head, which now sees x_gen alone.
 
 DMD is distribution matching distillation; DMD2 adds the GAN. DSM, denoising score matching, is the
 usual loss of a denoiser (why "score": see dmd_gradient). ASE, a simple early-exiting framework,
@@ -116,7 +117,7 @@ class Config:
     label_dropout: float = setting("teacher", 0.1, "share of null labels, which guidance needs")
     sigma_min: float = setting("presto-l", 0.002, "lowest noise level (EDM)")
     sigma_max: float = setting("presto-l", 80.0, "highest noise level (EDM)")
-    rho: float = setting("presto-l", 7.0, "makes small steps at low noise: errors cost most (EDM)")
+    rho: float = setting("presto-l", 7.0, "small steps at low noise, where errors cost most (EDM)")
     fractions: tuple = setting("presto-l", (1, 1, 0.88, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63, 0.63),
                                "shares of blocks that run, in ten bins from clean to noisy (ASE)")
     keep_last: bool = setting("presto-l", True, "shifted dropping: the last block always runs")
@@ -276,7 +277,7 @@ class Block(nn.Module):
 
 class LevelEmbedding(nn.Module):
     """c_noise = ln(sigma) / 4 (batch,) -> conditioning (batch, width), by Fourier features: an MLP
-    hardly sees small steps of one number. Waves show them: 0.4 to 40 over all noise levels."""
+    hardly sees small steps of one number. Waves do: 0.4 to 40 periods over all noise levels."""
     def __init__(self, width):
         super().__init__()
         self.register_buffer("frequencies", torch.logspace(0, 2, width // 2))
@@ -383,10 +384,10 @@ def student_sigmas(steps, cfg):
 
 def draw_sigma(distribution, count, cfg, device):
     """Draw noise levels (count,). "train": middle ones; little noise and much are easy. "inf", for
-    the generator: from sigma_max, where sampling starts and "train" has few. "discrete": DMD2."""
+    the generator: also the highest, where sampling starts; "train" has few. "discrete": DMD2."""
     if distribution == "train":  # ln sigma is Gaussian (EDM, table 1)
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
-    if distribution == "inf":  # squared: more of small u, much noise, where all students start
+    if distribution == "inf":  # squared (ours): more of small u, where all students start
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
@@ -413,8 +414,8 @@ def guided(denoise, cfg):
         both = denoise(x.repeat(2, 1, 1), sigma, torch.cat([label, null]))
         conditional, unconditional = both.chunk(2)  # (batch, channels, frames) each
         difference = conditional - unconditional
-        size = conditional.square().sum((1, 2), keepdim=True).clamp_min(1e-9)  # (batch, 1, 1)
-        along = (difference * conditional).sum((1, 2), keepdim=True) / size * conditional
+        norm2 = conditional.square().sum((1, 2), keepdim=True).clamp_min(1e-9)  # (batch, 1, 1)
+        along = (difference * conditional).sum((1, 2), keepdim=True) / norm2 * conditional
         difference = difference - (1 - cfg.parallel) * along
         return conditional + (cfg.w - 1) * difference
     return denoise_guided
@@ -445,8 +446,8 @@ def lr_at(i, total, lr):
     return lr * min(1, (i + 1) / (0.025 * total), (total - i) / (0.6 * total))
 
 def optimizer_step(loss, optimizer, lr):
-    """One update of the optimizer's own parameters. `inputs=` keeps gradients out of all others:
-    the generator's GAN term runs through the fake score and the head, and must not train them."""
+    """One update of the optimizer's own parameters, with clipping. `inputs=` spares all others: the
+    generator's GAN term runs through the fake score and the head, and must not train them."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     loss.backward(inputs=parameters)
@@ -502,9 +503,9 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
-        # As on the web, some captions are wrong (ours). They mix other classes into mu(x, label),
-        # which comes nearer to mu(x, null). Guidance leads away from there: so it has something to
-        # mend. (Part 6 has right labels: with wrong ones, DMD would turn sines into saws.)
+        # As on the web, some captions are wrong (ours). They pull mu(x, label) towards mu(x, null).
+        # Guidance leads away from mu(x, null): so it has something to mend. (In Part 6 all labels
+        # are right: a wrong one would ask DMD to turn one timbre into another.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -532,9 +533,9 @@ def train_teacher(run):
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
-    The range of the rho-schedule's u is cut into equal bins (our reading of ASE's time): so the
-    teacher's steps are spread evenly over them. `fractions` has each bin's share of the depth. The
-    first is the cleanest: u falls from 1 to 0, while sigma rises from sigma_min to sigma_max."""
+    The range of the rho-schedule's u is cut into equal bins (ASE cuts time; u is our reading): so
+    the teacher's steps are spread evenly. `fractions` has each bin's share of the depth. The first
+    bin is the cleanest: u falls from 1 to 0, while sigma rises from sigma_min to sigma_max."""
     bins = len(fractions)
     # (bins - 1,); 0.999, because a level on an edge belongs to the noisier bin
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)
@@ -551,10 +552,10 @@ def with_budget(model, fractions, cfg):
     return denoise
 
 def layer_loss(model, x_real, label, sigma, cfg):
-    """The loss of Presto-L: L_DSM (ASE has it alone) + L_st, which teaches the short pass what full
-    depth answers: nearly the mean E[x0 | x], because the weights began as the teacher's. x_real is
-    only a random x0. But L_DSM is needed: it ties the shared weights, and so the target, to data.
-    The target has no gradient (our reading): it would get worse, to be nearer to the short pass."""
+    """The loss of Presto-L: L_DSM (ASE has it alone) + L_st. L_st's target is the answer of full
+    depth: nearly E[x0 | x], as the weights began as the teacher's, and less noisy than x_real, one
+    random x0. L_DSM is still needed: it ties the shared weights, and so that target, to data. The
+    target has no gradient (our reading): it would get worse, to be nearer to the short pass."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -569,9 +570,9 @@ def train_presto_l(run):
     return train_denoiser(run, "presto-l", model, layer_loss, cfg.layer_updates, cfg.layer_lr)
 
 # ---- Part 6. Presto-S and Presto-LS: fewer steps -------------------------------------------------
-# The mean of all latents that pure noise may come from is a blur: a teacher must be called often.
-# Presto-S makes a generator of it, whose one answer is a sample: the distribution of its answers is
-# pulled, mainly by L_DMD, to that of the guided teacher (p_real below).
+# A teacher's answer to pure noise is a mean, a blur: so it must be called often. Presto-S makes a
+# generator of it, whose one answer is a sample: the distribution of its answers is pulled, mainly
+# by L_DMD, to that of the guided teacher (p_real below). Here all labels are right, none is null.
 class Discriminator(nn.Module):
     """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It
     gives about two answers per second of audio (paper: 2.8): so it says where a clip is wrong."""
@@ -592,10 +593,10 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     A denoiser mu knows the score, the direction in which noised latents become more frequent:
         grad log p(x) = (mu(x) - x) / sigma^2                       (Tweedie's formula)
     So mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real). Descent lowers this ratio: it
-    moves x_gen to where real latents are more frequent than generated ones. (Its mean log is the KL
-    divergence, which DMD lowers.) Both mu are blurs, being means of all x0 that fit x. This does no
-    harm: the formula needs means. But mu_real alone would blur x_gen. The divisor: all clips count
-    alike. Only real_score is guided, because fake_score describes the generator as it is."""
+    moves x_gen to where real latents are more frequent than generated ones. (The mean of its log is
+    the KL divergence, which DMD lowers.) Both mu are blurs, being means of all x0 that fit x. This
+    does no harm: the formula needs means. But with mu_real alone as the target, x_gen would blur.
+    The divisor: all clips count alike. Only real_score is guided: fake_score follows x_gen."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
     fake = fake_score(x, sigma, label)  # 4  (batch, channels, frames)
@@ -608,7 +609,7 @@ def dmd_loss(x_gen, gradient):
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
     """Ours: c_skip (x_gen - x_real)^2, where x_gen is the answer to x_real + sigma * noise. Updates
-    for much noise also shift the answers to little noise, by a few percent: too little for DMD to
+    at high input levels also shift the answers at low ones, by a few percent: too little for DMD to
     see, but a sampler adds it up. In little noise only one answer is right, x_real: it is held. In
     much noise many answers are right, and holding one would blur: so c_skip goes to 0."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
@@ -618,8 +619,7 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
     It reads the fake score's features (DMD2): the teacher's do not show the generator's faults.
-    nu1 is larger than the paper's, by trial: L_DMD is a mean over the values of a latent. Here they
-    are fewer, so its pull on each is stronger, and L_GAN's must be, too."""
+    With the paper's nu1, 0.01, L_GAN's gradient is 5 % of L_DMD's here, and mends nothing."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -631,8 +631,8 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
 def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
     """L_fake-DSM + nu2 * L_GAN, for the fake score and the head. L_fake-DSM has the target x_gen:
     with x_real, fake_score would become a second real score. L_GAN teaches the lower half of
-    fake_score, and the head, to answer 1 to x_real and 0 to x_gen. Both get the same levels: so the
-    head can judge only by content."""
+    fake_score, and the head, to answer 1 to x_real and 0 to x_gen. Both get the same sigma (and the
+    same sigma_gen: see fake_at): so the head can judge only by content."""
     sigma = draw_sigma(cfg.p_dsm, len(x_gen), cfg, x_gen.device)  # 5
     denoised = fake_score(add_noise(x_gen, sigma), sigma, label)  # (batch, channels, frames)
     loss_dsm = dsm_loss(denoised, x_gen, sigma, cfg)  # 6
@@ -644,9 +644,9 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
-    Presto-L, which knows how. The scores keep full depth (our reading): the generator copies their
-    errors, and they cost nothing at inference. `tell_level` (ours) tells fake_score the level of
-    the generator's input. Else it sees the answers to all levels mixed: if some are too quiet and
+    Presto-L, which knows how. The scores keep full depth (our reading): the generator would copy
+    their errors, and at inference they do not run. `tell_level` (ours): fake_score knows the level
+    of the generator's input. Else it sees the answers to all levels mixed: if some are too quiet,
     others too loud, the mixture can look right, nothing corrects them, and they drift apart."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
@@ -672,7 +672,7 @@ def train_student(run, stage):
         return functools.partial(fake_score, sigma_gen=sigma) if cfg.tell_level else fake_score
     for i in run.loop(stage, cfg.student_updates, net=generator_net, ema=ema, fake=fake_net,
                       head=head, optimizer=optimizer, fake_optimizer=fake_optimizer):
-        # DMD is wrong if fake_score lags: so 5 updates; at first 100: gen_level is new.
+        # DMD is wrong if fake_score lags: so 5 updates; at first 100 (ours): gen_level is new.
         for _ in range(cfg.warm_updates if i == 0 else cfg.fake_updates):
             with torch.no_grad():
                 x_gen, x_real, label, sigma = make_x_gen()  # 1, 2
@@ -690,7 +690,7 @@ def train_student(run, stage):
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's slopes
     need means; students answer with samples.) No guidance: it was learnt. x: noise of deviation
-    sigmas[0]. In training the input is a noised x_real: at sigma_max nearly pure noise, then like
+    sigmas[0]. In training the input is a noised x_real: nearly pure noise at sigma_max; lower, like
     a noised x0. All levels were trained: any number of steps runs, but errors are handed on."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
