@@ -51,7 +51,7 @@ SYMBOLS (the paper's name, then the name in this file)
     mu_psi          fake_score      a denoiser that learns what the generator makes
     G_phi           generator       the few-step student
     D_psi           head            the discriminator's head, on fake_score's half-way features
-    p_gen to p_GAN  p_gen to p_gan  which noise at 1, 3, 5, 7: "train", "inf" (DMD2: "discrete")
+    p_gen to p_GAN  p_gen to p_gan  noise at 1, 3, 5, 7: "train", "inf"; 1 also "discrete" (DMD2)
     p(sigma^train)  "train"         the noise levels on which the teacher was trained
     p(sigma^inf)    "inf"           inference: the levels that students will see, made continuous
 """
@@ -207,7 +207,7 @@ class VAE(nn.Module):
         self.encoder = nn.Sequential(*[ResidualBlock(w) for _ in range(n)], nn.Linear(w, 2 * c))
         self.decoder = nn.Sequential(nn.Linear(c, w), *[ResidualBlock(w) for _ in range(n)])
         self.join = nn.ConvTranspose1d(w, 1, 2 * s, s, padding=s // 2)  # frames -> waveform
-        # train_vae sets these: mean 0, std sigma_data per channel. Denoiser relies on that.
+        # train_vae sets these, to give latents mean 0, std sigma_data. Denoiser relies on that.
         self.register_buffer("mean", torch.zeros(cfg.latent_channels, 1))
         self.register_buffer("scale", torch.ones(cfg.latent_channels, 1))
 
@@ -349,8 +349,8 @@ class DiT(nn.Module):
 # The x0 of a teacher is E[x0 | x], the mean of all clean latents that x may come from: it has the
 # least squared error. A generator's is one sample of them. (The fake score is told more: Part 6.)
 class Denoiser(nn.Module):
-    """D = c_skip x + c_out F (EDM, equation 7). The DiT F sees and answers with variance 1 at every
-    sigma from .002 to 80. In little noise, D is nearly x: c_out makes F's errors small."""
+    """D = c_skip x + c_out F (EDM, equation 7). Input and target of the DiT F have variance 1, at
+    every sigma from .002 to 80. In little noise, D is nearly x: c_out makes F's errors small."""
     def __init__(self, cfg):
         super().__init__()
         self.sigma_data = cfg.sigma_data
@@ -405,7 +405,7 @@ def guided(denoise, cfg):
         mu(x, label) + (w - 1) * d,    d = mu(x, label) - mu(x, null)
     d points to the wanted class. The part of d that is parallel to mu(x, label) only makes a tone
     louder. It is multiplied by `parallel`: 1 is the paper's mu(x, null) + w * d; less (ours) is
-    adaptive projected guidance (APG, Sadat et al. 2025, arXiv 2410.02416)."""
+    the projection of adaptive projected guidance (APG, Sadat et al. 2025, arXiv 2410.02416)."""
     if cfg.w == 1:
         return denoise
     def denoise_guided(x, sigma, label):
@@ -618,7 +618,7 @@ def anchor_loss(x_gen, x_real, sigma, cfg):
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
-    It reads the fake score's features (DMD2): the teacher's do not show the generator's faults.
+    The head reads fake_score's features (DMD2): the teacher's do not show the generator's faults.
     With the paper's nu1, 0.01, L_GAN's gradient is 5 % of L_DMD's here, and mends nothing."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
@@ -962,7 +962,7 @@ def make_parser():
                                   allow_abbrev=False)
         sub.set_defaults(function=function)
         sub.add_argument(folder, default="runs/presto", help="the run's folder (%(default)s)")
-        sub.add_argument("--seed", type=int, default=0, help="same seed, same bytes (0)")
+        sub.add_argument("--seed", type=int, default=0, help="same seed, same sounds (0)")
         sub.add_argument("--device", help="cuda, mps or cpu (cuda if there is one)")
         return sub.add_argument
     option = command("train", command_train, "--out", "train, or go on after an interruption")

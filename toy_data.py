@@ -431,7 +431,7 @@ def report(world, title, note, rows, spread, clips):
     """
     lines = table(rows)
     heading = "Variance of answers within a class over that of real latents, by the input's sigma"
-    text = [title, note, "", aligned(lines), "", f"{heading}; 1 is right:"]
+    text = [title, note, "", aligned(lines), "", f"{heading}; students should be at 1:"]
     for model, points in spread.items():
         text.append(f"{model:9}" + "".join(f"  {s:.3g}: {ratio:.2f}" for s, ratio in points))
     quality = {}  # model: [(ms, fd, steps), ...], from fast to slow, without rows of w = 1
@@ -441,7 +441,7 @@ def report(world, title, note, rows, spread, clips):
             point = (row["ms"], row["fd"], settings[0].split()[0])
             quality.setdefault(model, []).append(point)
     pictures = [
-        line_plot(heading, "sigma", "ratio; 1 is right", spread, log_x=True),
+        line_plot(heading, "sigma", "ratio; students should be at 1", spread, log_x=True),
         line_plot("Quality against time, by steps", "ms per clip", "fd", quality, True, True)]
     groups = {}
     for label in range(0, len(world.PROMPTS), len(world.PROMPTS) // 4 + 1):  # four at most
