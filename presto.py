@@ -619,7 +619,7 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
     The head reads fake_score's features (DMD2): the teacher's do not show the generator's faults.
-    With the paper's nu1, 0.01, L_GAN's gradient is 5 % of L_DMD's here, and mends nothing."""
+    nu1 is larger than the paper's 0.01 by trial: how strong L_GAN is depends on the latents."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -668,8 +668,8 @@ def train_student(run, stage):
         x_real, label = run.latents.sample_batch(cfg.student_batch)
         sigma = draw_sigma(cfg.p_gen, len(label), cfg, run.device)  # 1
         return generator(add_noise(x_real, sigma), sigma, label), x_real, label, sigma  # 2
-    def fake_at(sigma):  # the fake score of the answers to this level of noise
-        return functools.partial(fake_score, sigma_gen=sigma) if cfg.tell_level else fake_score
+    def fake_at(sigma):  # the fake score of the answers to this level; without gen_level, of all
+        return functools.partial(fake_score, sigma_gen=sigma)
     for i in run.loop(stage, cfg.student_updates, net=generator_net, ema=ema, fake=fake_net,
                       head=head, optimizer=optimizer, fake_optimizer=fake_optimizer):
         # DMD is wrong if fake_score lags: so 5 updates; at first 100 (ours): gen_level is new.
