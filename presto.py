@@ -38,10 +38,10 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     8  and the lower half of fake_score, with head, learns to tell them apart.
     Five times, 1, 2, 5 to 8 train fake_score and head. Then 1 to 4, 7, 8 train the generator once:
     it follows the difference, and learns to deceive the head, which now sees x_gen alone.
+    Two things are ours: anchor_loss, and that fake_score knows the level of 1 (train_student).
 
-DMD is distribution matching distillation; DMD2 adds the GAN. DSM, denoising score matching, is the
-usual loss of a denoiser (why "score": see dmd_gradient). ASE, a simple early-exiting framework,
-runs fewer of a network's blocks where there is more noise.
+DMD is distribution matching distillation; DMD2 adds the GAN. DSM, denoising score matching, is a
+denoiser's usual loss (see dmd_gradient). ASE is early exiting: fewer blocks where noise is high.
 
 SYMBOLS (the paper's name, then the name in this file)
     x_real          x_real          a latent from the VAE, scaled to standard deviation sigma_data
@@ -690,8 +690,8 @@ def train_student(run, stage):
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's slopes
     need means; students answer with samples.) No guidance: it was learnt. x: noise of deviation
-    sigmas[0]. In training the input is a noised x_real: nearly pure noise at sigma_max; lower, like
-    a noised x0. All levels were trained: any number of steps runs, but errors are handed on."""
+    sigmas[0]. Training noised x_real, not an x0 (in DMD2 this sampler runs in training, too): good
+    x0 are like it. All levels were trained: any number of steps runs; errors are handed on."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)
@@ -832,15 +832,16 @@ class Run:
             changed = [f"{name} ({theirs[name]} there, {value} here)"
                        for name, value in self.facts().items()
                        if theirs[name] != value and name not in may_differ]
-            if not changed:
-                for name, part in state.items():
-                    part.load_state_dict(saved["state"][name])
+            if changed:
+                raise UserError(f"{path} was trained with other settings: {'; '.join(changed)}. "
+                                "Choose another --out, or train again with an earlier --stage")
+            for name, part in state.items():
+                part.load_state_dict(saved["state"][name])
+        except (ImportError, UserError):  # the file is sound
+            raise
         except Exception as error:  # zipfile, zlib, pickle and torch name damage differently
             raise UserError(f"{path} is damaged, or of another version of this file: "
                             f"train it again with `{again} --stage {stage}`") from error
-        if changed:
-            raise UserError(f"{path} was trained with other settings: {'; '.join(changed)}. Choose "
-                            "another --out, or train again with an earlier --stage")
         return saved
 
 TRAIN = {"vae": train_vae, "teacher": train_teacher, "presto-l": train_presto_l,
@@ -859,9 +860,8 @@ def command_train(args):
     chosen = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
     run = Run(args.out, device, Config(**PRESETS[preset] | chosen), args.seed, args.save_every)
     again = STAGES[STAGES.index(args.stage):] if args.stage else []
-    found = [stage for stage in STAGES if run.path(stage).exists()]
-    for stage in found:  # those of `again` come last: all others are sound before one is deleted
-        if stage in again:
+    for stage in [stage for stage in STAGES if run.path(stage).exists()]:
+        if stage in again:  # these come last: all others are sound before one is deleted
             run.path(stage).unlink()
         else:
             run.read(stage)
@@ -907,11 +907,12 @@ def command_sample(args):
 @torch.inference_mode()
 def command_eval(args):
     run = Run(args.run, pick_device(args.device))
-    stages = [stage for stage in STAGES[1:] if run.path(stage).exists()] or ["teacher"]
-    run.read(stages[-1])
-    cfg, vae, world = run.cfg, run.vae, run.cfg.world
+    # From the last on: that one knows the settings of all. One still in training is left out.
+    stages = [stage for stage in STAGES[:0:-1] if run.is_done(stage)][::-1] or ["teacher"]
+    vae, cfg, world = run.vae, run.cfg, run.cfg.world
     classes, full = len(world.PROMPTS), cfg.teacher_steps
-    label, rng = torch.arange(classes).repeat(args.count), torch.Generator().manual_seed(args.seed)
+    label = torch.arange(classes).repeat(max(args.count, 2))  # one clip has no spread
+    rng = torch.Generator().manual_seed(args.seed)
     reference = toy_data.Reference(world, world.make_batch(len(label), rng, label)[0], label)
     real, _ = world.make_batch(len(label), rng, label)  # no model can beat "real", or its VAE
     x_real = torch.cat([vae.encode(part.to(run.device)) for part in real.split(classes)])
@@ -950,7 +951,6 @@ def positive(text):  # argparse's type for a whole number from 1
     if int(text) < 1:
         raise ValueError
     return int(text)
-
 def shares(text):  # argparse's type for a list, such as [1, 0.5]
     return tuple(float(share) for share in json.loads(text))
 
@@ -982,7 +982,7 @@ def make_parser():
     option("--count", type=positive, default=1, help="clips per prompt (1)")
     option("--out", default="samples", help="folder for the WAVs (%(default)s)")
     option = command("eval", command_eval, "--run", "measure every model: a table and a page")
-    option("--count", type=positive, default=16, help="clips per class (16)")
+    option("--count", type=positive, default=16, help="clips per class (16; at least 2)")
     return parser
 
 def main(arguments=None):

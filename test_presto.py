@@ -543,7 +543,6 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     assert presto.main([*TRAIN, str(folder)]) == 0
     return folder
-
 @pytest.fixture
 def folder(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
@@ -551,7 +550,6 @@ def sample(run, out, *options):
     command = ["sample", "--run", str(run), "--out", str(out), "--device", "cpu", *options]
     assert presto.main(command) == 0
     return {path.name: path.read_bytes() for path in sorted(out.glob("*.wav"))}
-
 def weights_in(folder, stages="*"):
     return [weight for path in sorted(folder.glob(f"{stages}.pt"))
             for weight in torch.load(path)["state"]["model"].values()]
@@ -670,25 +668,27 @@ def test_a_full_disk_gets_one_line_and_leaves_the_old_file_and_no_half_of_a_new(
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("bomb-went-off",)
-
-@pytest.mark.parametrize("how", ["missing", "bit flipped", "crafted", "no weight", "unfinished"])
+@pytest.mark.parametrize("how", ["missing", "flipped", "crafted", "no weight", "no module", "half"])
 def test_a_spoilt_checkpoint_gets_one_line_naming_it(folder, tmp_path, capsys, monkeypatch, how):
     monkeypatch.chdir(tmp_path)
     path, saved = folder / "presto-ls.pt", torch.load(folder / "presto-ls.pt")
-    if how == "bit flipped":
+    if how == "flipped":
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 4
         path.write_bytes(data)
     else:
-        saved["update"] = 1 if how == "unfinished" else "done"
+        saved["update"] = 1 if how == "half" else "done"
         saved["state"]["model"].pop("net.position" if how == "no weight" else None, None)
+        saved["facts"]["data"] = "no_such" if how == "no module" else "toy_data"
         torch.save(Bomb() if how == "crafted" else saved, path)
     if how == "missing":
         path.unlink()
     assert presto.main(["sample", "--run", "run", "--out", "out", "--device", "cpu"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "presto-ls.pt" in error and "train" in error
+    assert error.count("\n") == 1 and {"no module": "no_such"}.get(how, "presto-ls.pt") in error
     assert not (tmp_path / "out").exists() and not (tmp_path / "bomb-went-off").exists()
+    status = presto.main(["eval", "--run", "run", "--count", "1", "--device", "cpu"])
+    assert status == (0 if how in ("missing", "half") else 2)  # eval leaves these out
 
 @pytest.mark.parametrize("option, value, says", [
     ("--width", "18", "multiple of 4"), ("--stride", "500", "8 whole frames"),
