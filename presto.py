@@ -140,7 +140,7 @@ class Config:
     fake_updates: int = setting("presto-s", 5, "fake-score updates per generator update (paper: 5)")
     student_batch: int = setting("presto-s", 16, "clips per update of Presto-S and -LS")
     student_updates: int = setting("presto-s", 900, "updates of the generator")
-    anchor: float = setting("presto-s", 30.0, "weight of anchor_loss (ours)")
+    anchor: float = setting("presto-s", 120.0, "weight of anchor_loss (ours)")
     generator_lr: float = setting("presto-s", 2e-4, "learning rate of the generator (paper: 5e-7)")
     fake_lr: float = setting("presto-s", 4e-4, "rate of fake score and head: constant, to keep up")
     student_ema: float = setting("presto-s", 0.98, "decay of the generator's averaged weights")
@@ -608,12 +608,12 @@ def dmd_loss(x_gen, gradient):
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
-    """Ours: c_skip (x_gen - x_real)^2, where x_gen is the answer to x_real + sigma * noise. Updates
-    at high input levels also shift the answers at low ones, by a few percent: too little for DMD to
-    see, but a sampler adds it up. In little noise only one answer is right, x_real: it is held. In
-    much noise many answers are right, and holding one would blur: so c_skip goes to 0."""
+    """Ours: c_skip^2 (x_gen - x_real)^2, where x_gen answers x_real + sigma * noise. Updates at high
+    input levels also shift the answers at low ones, by a few percent: too little for DMD to see,
+    but a sampler adds it up. In little noise only one answer is right, x_real: it is held. In much
+    noise many are right, and holding one would blur: so c_skip goes to 0 (squared: sooner)."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
-    return (c_skip.reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
+    return (c_skip.square().reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
