@@ -608,7 +608,7 @@ def dmd_loss(x_gen, gradient):
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
-    """Ours: c_skip^2 (x_gen - x_real)^2, where x_gen answers x_real + sigma * noise. Updates at high
+    """Ours: c_skip^2 (x_gen - x_real)^2; x_gen answers x_real + sigma * noise. Updates at high
     input levels also shift the answers at low ones, by a few percent: too little for DMD to see,
     but a sampler adds it up. In little noise only one answer is right, x_real: it is held. In much
     noise many are right, and holding one would blur: so c_skip goes to 0 (squared: sooner)."""

@@ -429,7 +429,7 @@ def test_each_loss_of_presto_s_is_a_sum_over_noised_latents_and_every_part_has_i
     assert torch.equal(level, same_level)
     level, share = torch.tensor([0, 0.1, 0.5, 1, 10]), [1, 0.25 / 0.26, 0.5, 0.2, 0.25 / 100.25]
     loss = presto.anchor_loss(x_gen[:5], x_real[:5], level, cfg)  # x_real's share of the input
-    assert near(loss, (3 - 5) ** 2 * sum(share) / 5)
+    assert near(loss, (3 - 5) ** 2 * sum(part**2 for part in share) / 5)
 
 def student_bench(stage="presto-s", **changes):
     cfg = with_(student_updates=3, warm_updates=4, fake_updates=2, **changes)
