@@ -36,9 +36,9 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     6  and fake_score learns to denoise it. If it lags, step 4 judges an older generator.
     7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan,
     8  and the lower half of fake_score, with head, learns to tell them apart.
-    Five times, 1, 2, 5 to 8 train fake_score and head. Then 1 to 4, 7, 8 train the generator once:
-    it follows the difference, and learns to deceive the head, which now sees x_gen alone.
-    Two things are ours: anchor_loss, and that fake_score knows the level of 1 (train_student).
+    First, fake_score and head learn five times (1, 2, 5 to 8); then the generator, once (1 to 4, 7,
+    8): it follows the difference, and tries to deceive the head, which now sees x_gen alone.
+    Two additions are ours: anchor_loss, and that fake_score knows the level of 1 (train_student).
 
 DMD is distribution matching distillation; DMD2 adds the GAN. DSM, denoising score matching, is a
 denoiser's usual loss (see dmd_gradient). ASE is early exiting: fewer blocks where noise is high.
@@ -128,7 +128,7 @@ class Config:
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
     parallel: float = setting("presto-s", 0.1, "share of guidance's parallel part (see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
-    u_end: float = setting("presto-s", 0.8, "share of the noise schedule that students visit")
+    u_end: float = setting("presto-s", 0.8, "how far down the noise schedule students go (0 to 1)")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
     p_dsm: str = setting("presto-s", "train", "noise under which the fake score learns", NOISE)
@@ -207,7 +207,7 @@ class VAE(nn.Module):
         self.encoder = nn.Sequential(*[ResidualBlock(w) for _ in range(n)], nn.Linear(w, 2 * c))
         self.decoder = nn.Sequential(nn.Linear(c, w), *[ResidualBlock(w) for _ in range(n)])
         self.join = nn.ConvTranspose1d(w, 1, 2 * s, s, padding=s // 2)  # frames -> waveform
-        # train_vae sets these, to give latents mean 0, std sigma_data. Denoiser relies on that.
+        # Measured once it is trained: latents get mean 0, std sigma_data. Denoiser relies on that.
         self.register_buffer("mean", torch.zeros(cfg.latent_channels, 1))
         self.register_buffer("scale", torch.ones(cfg.latent_channels, 1))
 
@@ -240,10 +240,10 @@ def stft_distance(output, wave):
 def vae_loss(vae, wave, cfg):
     """Relative waveform error + STFT distance + KL to the unit Gaussian. Returns (loss, error).
     "Relative" to each clip's energy: a quiet clip counts as much as a loud one. The noise teaches
-    the decoder to bear inexact latents, as generated ones are. Without KL, this noise vanishes."""
+    the decoder to bear inexact latents. Without KL, the encoder would shrink it, for less error."""
     mean, log_std = vae.posterior(wave)
     latents = mean + log_std.exp() * torch.randn_like(mean)  # (batch, channels, frames)
-    output = vae.decode((latents - vae.mean) / vae.scale)  # `decode` undoes it
+    output = vae.decode((latents - vae.mean) / vae.scale)  # inverted by decode
     energy = wave.square().sum(1).clamp_min(SILENCE)  # (batch,)
     error = ((output - wave).square().sum(1) / energy).mean()
     kl = 0.5 * (mean.square() + (2 * log_std).exp() - 2 * log_std - 1).mean()
@@ -349,8 +349,8 @@ class DiT(nn.Module):
 # The x0 of a teacher is E[x0 | x], the mean of all clean latents that x may come from: it has the
 # least squared error. A generator's is one sample of them. (The fake score is told more: Part 6.)
 class Denoiser(nn.Module):
-    """D = c_skip x + c_out F (EDM, equation 7). Input and target of the DiT F have variance 1, at
-    every sigma from .002 to 80. In little noise, D is nearly x: c_out makes F's errors small."""
+    """D = c_skip x + c_out F (EDM, equation 7). Input and ideal output of the DiT F have variance 1
+    at every sigma from .002 to 80. In little noise, D is nearly x: c_out makes F's errors small."""
     def __init__(self, cfg):
         super().__init__()
         self.sigma_data = cfg.sigma_data
@@ -373,7 +373,7 @@ def rho_schedule(u, cfg):
     return (high + u * (low - high)) ** cfg.rho
 
 def edm_sigmas(steps, cfg):
-    """The noise levels of the teacher's sampler (steps + 1,): EDM's schedule, then 0."""
+    """The noise levels of the teacher's sampler (steps + 1,): EDM's schedule, then 0, no noise."""
     u = torch.arange(steps) / max(steps - 1, 1)
     return torch.cat([rho_schedule(u, cfg), torch.zeros(1)])
 
@@ -383,8 +383,8 @@ def student_sigmas(steps, cfg):
     return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
-    """Draw noise levels (count,). "train": middle ones; little noise and much are easy. "inf", for
-    the generator: also the highest, where sampling starts; "train" has few. "discrete": DMD2."""
+    """Draw noise levels (count,). "train": middle ones; very low or high ones are easy. "inf", for
+    the generator: also the highest, where sampling starts; "train" has few. "discrete": 4 steps."""
     if distribution == "train":  # ln sigma is Gaussian (EDM, table 1)
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
     if distribution == "inf":  # squared (ours): more of small u, where all students start
@@ -401,7 +401,7 @@ def dsm_loss(denoised, target, sigma, cfg):
     return (weight.reshape(-1, 1, 1) * (denoised - target).square()).mean()
 
 def guided(denoise, cfg):
-    """Classifier-free guidance of a denoiser mu: a denoiser again. w = 1 is mu, at half the cost.
+    """Classifier-free guidance of a denoiser mu: a denoiser again. w = 1: just mu, half the cost.
         mu(x, label) + (w - 1) * d,    d = mu(x, label) - mu(x, null)
     d points to the wanted class. The part of d that is parallel to mu(x, label) only makes a tone
     louder. It is multiplied by `parallel`: 1 is the paper's mu(x, null) + w * d; less (ours) is
@@ -422,7 +422,7 @@ def guided(denoise, cfg):
 
 @torch.no_grad()
 def sample_heun(denoise, x, sigmas, label):
-    """Heun's second-order sampler (EDM, algorithm 1), for the teacher: 2 * steps - 1 evaluations.
+    """Heun's second-order sampler (EDM, algorithm 1) for the teacher: 2 * steps - 1 evaluations.
     x: pure noise of standard deviation sigmas[0] (batch, channels, frames). sigmas end with 0."""
     for sigma, sigma_next in itertools.pairwise(sigmas):
         d = (x - denoise(x, sigma, label)) / sigma  # the noise in x: the slope dx / dsigma (EDM)
@@ -529,7 +529,7 @@ def train_teacher(run):
 # of a DiT's hidden state grows sharply in the last blocks. The output layer learnt to read what
 # those write. An early exit shows it another distribution. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
-#   2. The network is told its budget (DiT.budget_table). Near a bin's edge, sigma hardly shows it.
+#   2. The network is told its budget (DiT.budget_table). At a bin's edge, sigma hardly shows it.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
@@ -555,7 +555,7 @@ def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM (ASE has it alone) + L_st. L_st's target is the answer of full
     depth: nearly E[x0 | x], as the weights began as the teacher's, and less noisy than x_real, one
     random x0. L_DSM is still needed: it ties the shared weights, and so that target, to data. The
-    target has no gradient (our reading): it would get worse, to be nearer to the short pass."""
+    target has no gradient (our reading): else it would be pulled down to the short pass."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -572,7 +572,7 @@ def train_presto_l(run):
 # ---- Part 6. Presto-S and Presto-LS: fewer steps -------------------------------------------------
 # A teacher's answer to pure noise is a mean, a blur: so it must be called often. Presto-S makes a
 # generator of it, whose one answer is a sample: the distribution of its answers is pulled, mainly
-# by L_DMD, to that of the guided teacher (p_real below). Here all labels are right, none is null.
+# by L_DMD, to that of the guided teacher. In Part 6 all labels are right, and none is null.
 class Discriminator(nn.Module):
     """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It
     gives about two answers per second of audio (paper: 2.8): so it says where a clip is wrong."""
@@ -604,7 +604,7 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """Made so that its gradient on x_gen is g / number of values. Its value tells little."""
+    """Its gradient on x_gen is g / number of values. Its value, g^2 / 2, is no error to watch."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
@@ -645,7 +645,7 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
     Presto-L, which knows how. The scores keep full depth (our reading): the generator would copy
-    their errors, and at inference they do not run. `tell_level` (ours): fake_score knows the level
+    errors of short ones; at inference none runs. `tell_level` (ours): fake_score knows the level
     of the generator's input. Else it sees the answers to all levels mixed: if some are too quiet,
     others too loud, the mixture can look right, nothing corrects them, and they drift apart."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
@@ -668,7 +668,7 @@ def train_student(run, stage):
         x_real, label = run.latents.sample_batch(cfg.student_batch)
         sigma = draw_sigma(cfg.p_gen, len(label), cfg, run.device)  # 1
         return generator(add_noise(x_real, sigma), sigma, label), x_real, label, sigma  # 2
-    def fake_at(sigma):  # the fake score of the answers to this level; without gen_level, of all
+    def fake_at(sigma):  # fake_score, told the level of the generator's input, if it has gen_level
         return functools.partial(fake_score, sigma_gen=sigma)
     for i in run.loop(stage, cfg.student_updates, net=generator_net, ema=ema, fake=fake_net,
                       head=head, optimizer=optimizer, fake_optimizer=fake_optimizer):
@@ -690,8 +690,8 @@ def train_student(run, stage):
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's slopes
     need means; students answer with samples.) No guidance: it was learnt. x: noise of deviation
-    sigmas[0]. Training noised x_real, not an x0 (in DMD2 this sampler runs in training, too): good
-    x0 are like it. All levels were trained: any number of steps runs; errors are handed on."""
+    sigmas[0]. Training noised x_real, not x0 (in DMD2 this sampler runs in training, too): a good
+    x0 resembles x_real. All levels were trained: any number of steps runs; errors add up."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)
@@ -924,9 +924,9 @@ def command_eval(args):
     wanted += [("teacher", steps, cfg.w) for steps in (4, 8, 32) if steps != full]
     wanted += [(name, steps, None) for name in STUDENTS for steps in (1, 2, 4, 8, 16)]
     for name, steps, w in tqdm([row for row in wanted if row[0] in models], desc="eval"):
-        title = f"{name}, {steps} steps" + (f", w = {w:g}" if w else "")
+        title = f"{name}, {steps} steps" + ("" if w is None else f", w = {w:g}")
         make = functools.partial(make_clips, name, models[name], vae, steps=steps,
-                                 cfg=dataclasses.replace(cfg, w=w or cfg.w))
+                                 cfg=cfg if w is None else dataclasses.replace(cfg, w=w))
         alone = [make(label=label[:1])[1] for _ in range(23)]  # the first three are a warm-up
         seed_with(args.seed, "noise")  # the same seed for every row
         waves, seconds = zip(*[make(label=part) for part in label.split(classes)])
