@@ -38,10 +38,10 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     8  and the lower half of fake_score, with head, learns to tell them apart.
     First, fake_score and head learn five times (1, 2, 5 to 8); then the generator, once (1 to 4, 7,
     8): it follows the difference, and tries to deceive the head, which now sees x_gen alone.
-    Two additions are ours: anchor_loss, and that fake_score knows the level of 1 (train_student).
+    Ours, mainly: anchor_loss, and that fake_score is told the sigma of step 1 (train_student).
 
 DMD is distribution matching distillation; DMD2 adds the GAN. DSM, denoising score matching, is a
-denoiser's usual loss (see dmd_gradient). ASE is early exiting: fewer blocks where noise is high.
+denoiser's usual loss (see dsm_loss). ASE is early exiting: fewer blocks where noise is high.
 
 SYMBOLS (the paper's name, then the name in this file)
     x_real          x_real          a latent from the VAE, scaled to standard deviation sigma_data
@@ -51,7 +51,7 @@ SYMBOLS (the paper's name, then the name in this file)
     mu_psi          fake_score      a denoiser that learns what the generator makes
     G_phi           generator       the few-step student
     D_psi           head            the discriminator's head, on fake_score's half-way features
-    p_gen to p_GAN  p_gen to p_gan  noise at 1, 3, 5, 7: "train", "inf"; 1 also "discrete" (DMD2)
+    p_gen to p_GAN  p_gen to p_gan  noise at 1, 3, 5, 7: "train" or "inf"; 1 also "discrete"
     p(sigma^train)  "train"         the noise levels on which the teacher was trained
     p(sigma^inf)    "inf"           inference: the levels that students will see, made continuous
 """
@@ -217,7 +217,7 @@ class VAE(nn.Module):
         return mean, log_std.clamp(-10, 3)  # (batch, channels, frames) each
 
     def encode(self, wave):  # (batch, time)
-        mean, _ = self.posterior(wave)  # without noise: that was only for the decoder
+        mean, _ = self.posterior(wave)  # no noise: it was only to train the decoder
         return (mean - self.mean) / self.scale  # (batch, channels, frames)
 
     def decode(self, latents):  # (batch, channels, frames)
@@ -240,10 +240,10 @@ def stft_distance(output, wave):
 def vae_loss(vae, wave, cfg):
     """Relative waveform error + STFT distance + KL to the unit Gaussian. Returns (loss, error).
     "Relative" to each clip's energy: a quiet clip counts as much as a loud one. The noise teaches
-    the decoder to bear inexact latents. Without KL, the encoder would shrink it, for less error."""
+    the decoder to bear inexact latents. Without KL, the encoder would shrink this noise to 0."""
     mean, log_std = vae.posterior(wave)
     latents = mean + log_std.exp() * torch.randn_like(mean)  # (batch, channels, frames)
-    output = vae.decode((latents - vae.mean) / vae.scale)  # inverted by decode
+    output = vae.decode((latents - vae.mean) / vae.scale)  # decode undoes this
     energy = wave.square().sum(1).clamp_min(SILENCE)  # (batch,)
     error = ((output - wave).square().sum(1) / energy).mean()
     kl = 0.5 * (mean.square() + (2 * log_std).exp() - 2 * log_std - 1).mean()
@@ -349,8 +349,8 @@ class DiT(nn.Module):
 # The x0 of a teacher is E[x0 | x], the mean of all clean latents that x may come from: it has the
 # least squared error. A generator's is one sample of them. (The fake score is told more: Part 6.)
 class Denoiser(nn.Module):
-    """D = c_skip x + c_out F (EDM, equation 7). Input and ideal output of the DiT F have variance 1
-    at every sigma from .002 to 80. In little noise, D is nearly x: c_out makes F's errors small."""
+    """D = c_skip x + c_out F (EDM, equation 7). Input and training target of F, a DiT, have
+    variance 1 at every sigma, .002 to 80. In little noise, D is nearly x: c_out makes F's errors small."""
     def __init__(self, cfg):
         super().__init__()
         self.sigma_data = cfg.sigma_data
@@ -379,12 +379,12 @@ def edm_sigmas(steps, cfg):
 
 def student_sigmas(steps, cfg):
     """The students' noise levels (steps,): u in equal steps from 0, below u_end (our reading). For
-    4 steps 80, 24, 5.8, 0.97. They end early: near 0, a call would change hardly anything."""
+    4 steps 80, 24, 5.8, 0.97. They end early: at low sigma, a call changes hardly anything."""
     return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
-    """Draw noise levels (count,). "train": middle ones; very low or high ones are easy. "inf", for
-    the generator: also the highest, where sampling starts; "train" has few. "discrete": 4 steps."""
+    """Draw noise levels (count,). "train": middle ones; very low or high teach little. "inf", for
+    the generator: also the highest, where sampling starts; "train" has few. "discrete": just 4."""
     if distribution == "train":  # ln sigma is Gaussian (EDM, table 1)
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
     if distribution == "inf":  # squared (ours): more of small u, where all students start
@@ -422,7 +422,7 @@ def guided(denoise, cfg):
 
 @torch.no_grad()
 def sample_heun(denoise, x, sigmas, label):
-    """Heun's second-order sampler (EDM, algorithm 1) for the teacher: 2 * steps - 1 evaluations.
+    """Heun's second-order sampler (EDM, algorithm 1), not for students: 2 * steps - 1 evaluations.
     x: pure noise of standard deviation sigmas[0] (batch, channels, frames). sigmas end with 0."""
     for sigma, sigma_next in itertools.pairwise(sigmas):
         d = (x - denoise(x, sigma, label)) / sigma  # the noise in x: the slope dx / dsigma (EDM)
@@ -529,7 +529,7 @@ def train_teacher(run):
 # of a DiT's hidden state grows sharply in the last blocks. The output layer learnt to read what
 # those write. An early exit shows it another distribution. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
-#   2. The network is told its budget (DiT.budget_table). At a bin's edge, sigma hardly shows it.
+#   2. The network is told its budget (DiT.budget_table). Near a bin's edge, sigma is no clear sign.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
@@ -572,7 +572,7 @@ def train_presto_l(run):
 # ---- Part 6. Presto-S and Presto-LS: fewer steps -------------------------------------------------
 # A teacher's answer to pure noise is a mean, a blur: so it must be called often. Presto-S makes a
 # generator of it, whose one answer is a sample: the distribution of its answers is pulled, mainly
-# by L_DMD, to that of the guided teacher. In Part 6 all labels are right, and none is null.
+# by L_DMD, to that of the guided teacher. In Part 6 all drawn labels are right, and none is null.
 class Discriminator(nn.Module):
     """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It
     gives about two answers per second of audio (paper: 2.8): so it says where a clip is wrong."""
@@ -596,7 +596,7 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     moves x_gen to where real latents are more frequent than generated ones. (The mean of its log is
     the KL divergence, which DMD lowers.) Both mu are blurs, being means of all x0 that fit x. This
     does no harm: the formula needs means. But with mu_real alone as the target, x_gen would blur.
-    The divisor: all clips count alike. Only real_score is guided: fake_score follows x_gen."""
+    By the divisor, all sigma count alike. Only real_score is guided: fake_score describes x_gen."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
     fake = fake_score(x, sigma, label)  # 4  (batch, channels, frames)
@@ -645,7 +645,7 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
     Presto-L, which knows how. The scores keep full depth (our reading): the generator would copy
-    errors of short ones; at inference none runs. `tell_level` (ours): fake_score knows the level
+    errors of short ones; sampling runs no score. `tell_level` (ours): fake_score knows the level
     of the generator's input. Else it sees the answers to all levels mixed: if some are too quiet,
     others too loud, the mixture can look right, nothing corrects them, and they drift apart."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
@@ -690,7 +690,7 @@ def train_student(run, stage):
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's slopes
     need means; students answer with samples.) No guidance: it was learnt. x: noise of deviation
-    sigmas[0]. Training noised x_real, not x0 (in DMD2 this sampler runs in training, too): a good
+    sigmas[0]. Training noised x_real, not x0 (DMD2 runs this sampler in training, too): a good
     x0 resembles x_real. All levels were trained: any number of steps runs; errors add up."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
@@ -699,7 +699,7 @@ def sample_multistep(denoise, x, sigmas, label):
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-# "re-noised" is a control: the teacher, not distilled, in the students' sampler, unguided.
+# "re-noised": the undistilled teacher, unguided, in the students' sampler: what its blur costs.
 STUDENTS = ["re-noised", "presto-s", "presto-ls"]
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
