@@ -350,7 +350,7 @@ class DiT(nn.Module):
 # least squared error. A generator's is one sample of them. (The fake score is told more: Part 6.)
 class Denoiser(nn.Module):
     """D = c_skip x + c_out F (EDM, equation 7). Input and training target of F, a DiT, have
-    variance 1 at every sigma, .002 to 80. In little noise, D is nearly x: c_out makes F's errors small."""
+    variance 1 at every sigma. In little noise, D is nearly x: c_out makes F's errors small."""
     def __init__(self, cfg):
         super().__init__()
         self.sigma_data = cfg.sigma_data
