@@ -422,7 +422,7 @@ def guided(denoise, cfg):
 
 @torch.no_grad()
 def sample_heun(denoise, x, sigmas, label):
-    """Heun's second-order sampler (EDM, algorithm 1), for teacher and Presto-L: 2 * steps - 1 calls.
+    """Heun's second-order sampler (EDM, algorithm 1) of teacher and Presto-L: 2 * steps - 1 calls.
     x: pure noise of standard deviation sigmas[0] (batch, channels, frames). sigmas end with 0."""
     for sigma, sigma_next in itertools.pairwise(sigmas):
         d = (x - denoise(x, sigma, label)) / sigma  # the noise in x: the slope dx / dsigma (EDM)
