@@ -597,11 +597,11 @@ def test_eval_measures_every_model_with_its_own_layers_on_the_same_noise(folder,
     def load_recorded(run, stage):
         return record(load(run, stage), [] if stage == "vae" else calls.setdefault(stage, []))
     monkeypatch.setattr(presto.Run, "load", load_recorded)
-    assert presto.main(["eval", "--run", str(folder), "--count", "2", "--device", "cpu"]) == 0
+    assert presto.main(["eval", "--run", str(folder), "--count", "1", "--device", "cpu"]) == 0
     for stage in presto.STAGES[1:]:
         fractions = {"presto-l": CFG.fractions, "presto-ls": CFG.fractions_ls}.get(stage)
         assert all(budget_is(call, fractions) for call in calls[stage])
-    rows = json.loads((folder / "eval.json").read_text())["rows"]
+    rows = json.loads((folder / "eval.json").read_text(), parse_constant=pytest.fail)["rows"]  # NaN
     quality = {title: [row[f] for f in ("fd", "mmd", "haze")] for title, row in rows.items()}
     assert rows["real"]["accuracy"] == 1 and 0.5 < rows["real"]["coverage"] < 1
     assert quality["re-noised, 4 steps"] == quality["presto-s, 4 steps"]
