@@ -908,7 +908,7 @@ def command_sample(args):
 def command_eval(args):
     run = Run(args.run, pick_device(args.device))
     # From the last on: that one knows the settings of all. One still in training is left out.
-    stages = [stage for stage in STAGES[:0:-1] if run.is_done(stage)][::-1] or ["teacher"]
+    stages = [stage for stage in STAGES[:0:-1] if run.is_done(stage)][::-1]
     vae, cfg, world = run.vae, run.cfg, run.cfg.world
     classes, full = len(world.PROMPTS), cfg.teacher_steps
     label = torch.arange(classes).repeat(max(args.count, 2))  # one clip has no spread
