@@ -51,7 +51,7 @@ SYMBOLS (the paper's name, then the name in this file)
     mu_psi          fake_score      a denoiser that learns what the generator makes
     G_phi           generator       the few-step student
     D_psi           head            the discriminator's head, on fake_score's half-way features
-    p_gen to p_GAN  p_gen to p_gan  noise at 1, 3, 5, 7: "train" or "inf"; 1 also "discrete"
+    p_gen to p_GAN  p_gen to p_gan  "train" or "inf": the noise of steps 1, 3, 5 and 7 above
     p(sigma^train)  "train"         the noise levels on which the teacher was trained
     p(sigma^inf)    "inf"           inference: the levels that students will see, made continuous
 """
@@ -119,7 +119,7 @@ class Config:
     sigma_max: float = setting("presto-l", 80.0, "highest noise level (EDM)")
     rho: float = setting("presto-l", 7.0, "small steps at low noise, where errors cost most (EDM)")
     fractions: tuple = setting("presto-l", (1, 1, 0.88, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63, 0.63),
-                               "shares of blocks that run, in ten bins from clean to noisy (ASE)")
+                               "shares of blocks that run, by bin, from clean to noisy (ASE)")
     keep_last: bool = setting("presto-l", True, "shifted dropping: the last block always runs")
     budget_embedding: bool = setting("presto-l", True, "tell the network how many blocks will run")
     self_teacher: float = setting("presto-l", 1.0, "weight of L_st (see layer_loss)")
@@ -154,7 +154,7 @@ class Config:
             value = getattr(self, field.name)
             low = 1 if field.type is int else -math.inf if field.name == "P_mean" else 0
             if field.type in (int, float) and not low <= value < math.inf:
-                raise UserError(f"--{field.name} {value}: must be a number from {low}")
+                raise UserError(f"--{field.name} {value}: must be a finite number, at least {low}")
         if self.width % 4 or self.width % self.num_heads or self.depth < 2:
             raise UserError("--width must be a multiple of 4 and of --num_heads, --depth 2 or more")
         if self.stride % 2 or self.world.CLIP_SAMPLES % self.stride or self.frames < 8:
@@ -227,7 +227,7 @@ class VAE(nn.Module):
 SILENCE = 1e-2  # the least energy to divide by: the relative error of a silent clip stays finite
 def stft_distance(output, wave):
     """Relative squared distance of magnitude spectra at two resolutions: (batch, time) -> scalar.
-    Magnitudes forgive a phase that is a little off. The waveform error in `vae_loss` does not."""
+    Magnitudes forgive a phase that is a little off, as ears do. `vae_loss` also compares phases."""
     total = 0.0
     for n in (1024, 256):
         window = torch.hann_window(n, device=wave.device)
@@ -277,7 +277,7 @@ class Block(nn.Module):
 
 class LevelEmbedding(nn.Module):
     """c_noise = ln(sigma) / 4 (batch,) -> conditioning (batch, width), by Fourier features: an MLP
-    hardly sees small steps of one number. Waves do: 0.4 to 40 periods over all noise levels."""
+    hardly sees small steps of one number. Waves show them: 0.4 to 40 periods over all levels."""
     def __init__(self, width):
         super().__init__()
         self.register_buffer("frequencies", torch.logspace(0, 2, width // 2))
@@ -349,8 +349,8 @@ class DiT(nn.Module):
 # The x0 of a teacher is E[x0 | x], the mean of all clean latents that x may come from: it has the
 # least squared error. A generator's is one sample of them. (The fake score is told more: Part 6.)
 class Denoiser(nn.Module):
-    """D = c_skip x + c_out F (EDM, equation 7). Input and training target of F, a DiT, have
-    variance 1 at every sigma. In little noise, D is nearly x: c_out makes F's errors small."""
+    """D = c_skip x + c_out F (EDM, equation 7). The input and the training target of F, a DiT, have
+    variance 1 at every sigma. At low noise, D is nearly x: c_out makes F's errors small."""
     def __init__(self, cfg):
         super().__init__()
         self.sigma_data = cfg.sigma_data
@@ -384,7 +384,7 @@ def student_sigmas(steps, cfg):
 
 def draw_sigma(distribution, count, cfg, device):
     """Draw noise levels (count,). "train": middle ones; very low or high teach little. "inf", for
-    the generator: also the highest, where sampling starts; "train" has few. "discrete": just 4."""
+    the generator: those of sampling, which starts where "train" is rare. "discrete": of 4 steps."""
     if distribution == "train":  # ln sigma is Gaussian (EDM, table 1)
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
     if distribution == "inf":  # squared (ours): more of small u, where all students start
@@ -529,7 +529,7 @@ def train_teacher(run):
 # of a DiT's hidden state grows sharply in the last blocks. The output layer learnt to read what
 # those write. An early exit shows it another distribution. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
-#   2. The network is told its budget (DiT.budget_table). Near a bin's edge, sigma is no clear sign.
+#   2. The network is told its budget (DiT.budget_table). Near a bin's edge, sigma hardly shows it.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
@@ -537,8 +537,8 @@ def budget_at(sigma, fractions, cfg):
     the teacher's steps are spread evenly. `fractions` has each bin's share of the depth. The first
     bin is the cleanest: u falls from 1 to 0, while sigma rises from sigma_min to sigma_max."""
     bins = len(fractions)
-    # (bins - 1,); 0.999, because a level on an edge belongs to the noisier bin
-    edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)
+    # 0.999: bucketize would put a level that is just on an edge into the cleaner bin.
+    edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
     return int(budget) if sigma.ndim == 0 else budget
@@ -553,9 +553,9 @@ def with_budget(model, fractions, cfg):
 
 def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM (ASE has it alone) + L_st. L_st's target is the answer of full
-    depth: nearly E[x0 | x], as the weights began as the teacher's, and less noisy than x_real, one
-    random x0. L_DSM is still needed: it ties the shared weights, and so that target, to data. The
-    target has no gradient (our reading): else it would be pulled down to the short pass."""
+    depth: nearly E[x0 | x], because the weights began as the teacher's. x_real, one x0 of many, is
+    a noisier target. L_DSM is still needed: it ties the shared weights, and so the full pass, to
+    data. L_st has no gradient there (our reading): it would pull it down to the short pass."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -592,11 +592,11 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
         g = (mu_fake(x) - mu_real(x)) / mean|x_gen - mu_real(x)|,   x = x_gen + sigma * noise
     A denoiser mu knows the score, the direction in which noised latents become more frequent:
         grad log p(x) = (mu(x) - x) / sigma^2                       (Tweedie's formula)
-    So mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real). Descent lowers this ratio: it
-    moves x_gen to where real latents are more frequent than generated ones. (The mean of its log is
-    the KL divergence, which DMD lowers.) Both mu are blurs, being means of all x0 that fit x. This
-    does no harm: the formula needs means. But with mu_real alone as the target, x_gen would blur.
-    By the divisor, all sigma count alike. Only real_score is guided: fake_score describes x_gen."""
+    So mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real). Descent lowers this ratio (the
+    mean of its log is the KL divergence): it moves x_gen to where real latents are more frequent
+    than generated ones. Both mu are blurs, means of all x0 that fit x: the formula needs just that.
+    But with mu_real alone as the target, x_gen would blur. Gaps grow with sigma: without the
+    divisor, high sigma would count most. Only real_score, the target, is guided."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
     fake = fake_score(x, sigma, label)  # 4  (batch, channels, frames)
@@ -609,9 +609,9 @@ def dmd_loss(x_gen, gradient):
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
     """Ours: c_skip^2 (x_gen - x_real)^2; x_gen answers x_real + sigma * noise. Updates at high
-    input levels also shift the answers at low ones, by a few percent: too little for DMD to see,
-    but a sampler adds it up. In little noise only one answer is right, x_real: it is held. In much
-    noise many are right, and holding one would blur: so c_skip goes to 0 (squared: sooner)."""
+    input levels also shift the answers at low ones, by a few percent. DMD does not see so little,
+    but it adds up over a sampler's steps. At low noise only one answer is right, x_real, and is
+    held. At high noise many are; to hold one would blur: c_skip goes to 0 (squared: sooner)."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.square().reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
@@ -645,12 +645,12 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
     Presto-L, which knows how. The scores keep full depth (our reading): the generator would copy
-    errors of short ones; sampling runs no score. `tell_level` (ours): fake_score knows the level
-    of the generator's input. Else it sees the answers to all levels mixed: if some are too quiet,
+    their errors, and sampling does not run them. `tell_level` (ours): fake_score knows the level of
+    the generator's input. Else it sees the answers to all levels mixed: if some are too quiet,
     others too loud, the mixture can look right, nothing corrects them, and they drift apart."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
-    short_scores = is_ls and not cfg.full_scores  # then they start at Presto-L, drop layers too
+    short_scores = is_ls and not cfg.full_scores  # then they start at Presto-L, with its budgets
     score_stage, score_fractions = ("presto-l", fractions) if short_scores else ("teacher", None)
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
     fake_net = run.load(score_stage).requires_grad_(True)  # a denoiser already: it catches up soon
@@ -661,7 +661,7 @@ def train_student(run, stage):
     real_score = guided(with_budget(run.load(score_stage), score_fractions, cfg), cfg)
     fake_score = with_budget(fake_net, score_fractions, cfg)
     ema = AveragedModel(generator_net, multi_avg_fn=get_ema_multi_avg_fn(cfg.student_ema))
-    # No momentum (ours): an old gradient came from an older fake_score.
+    # No momentum (ours): old gradients came from an older fake_score.
     optimizer = torch.optim.Adam(generator_net.parameters(), betas=(0.0, 0.999), fused=True)
     fake_optimizer = torch.optim.Adam([*fake_net.parameters(), *head.parameters()], fused=True)
     def make_x_gen():
@@ -691,7 +691,7 @@ def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's slopes
     need means; students answer with samples.) No guidance: it was learnt. x: noise of deviation
     sigmas[0]. Training noised x_real, not x0 (DMD2 runs this sampler in training, too): a good
-    x0 resembles x_real. All levels were trained: any number of steps runs; errors add up."""
+    x0 resembles x_real. p_gen is continuous: any number of steps works, but errors add up."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)
@@ -699,8 +699,8 @@ def sample_multistep(denoise, x, sigmas, label):
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-# "re-noised": the undistilled teacher, unguided, in the students' sampler: what its blur costs.
-STUDENTS = ["re-noised", "presto-s", "presto-ls"]
+# Sampled with sample_multistep. "re-noised": the undistilled teacher, unguided: its blur's cost.
+MULTISTEP = ["re-noised", "presto-s", "presto-ls"]
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
     """Clips (batch, time) on the CPU for label (batch,), and the seconds that they took. Noise is
@@ -709,7 +709,7 @@ def make_clips(name, model, vae, label, steps, cfg):
     label, noise = label.to(device), torch.randn(len(label), cfg.latent_channels, cfg.frames)
     fractions = {"presto-l": cfg.fractions, "presto-ls": cfg.fractions_ls}.get(name)
     denoise = with_budget(model, fractions, cfg)
-    if name in STUDENTS:
+    if name in MULTISTEP:
         sigmas = student_sigmas(steps, cfg).to(device)
         latents = sample_multistep(denoise, sigmas[0] * noise.to(device), sigmas, label)
     else:
@@ -718,9 +718,9 @@ def make_clips(name, model, vae, label, steps, cfg):
     wave = vae.decode(latents).float().cpu()  # on a GPU, this waits until all is computed
     return wave, time.perf_counter() - start
 
-def spread_by_level(denoise, x_real, label, sigma):
-    """Variance within a class of the answers to noised x_real (batch, channels, frames), over that
-    of x_real. In much noise: near 0 if they are means (a teacher), 1 if samples (a student)."""
+def variance_by_level(denoise, x_real, label, sigma):
+    """Ratio of two variances within classes: of the answers to noised x_real, and of x_real itself
+    (batch, channels, frames). At high noise: near 0 if they are means, 1 if they are samples."""
     def variance(x):
         return sum(x[label == c].var(0).sum() for c in label.unique())
     answers = denoise(add_noise(x_real, sigma), sigma, label)
@@ -784,7 +784,7 @@ class Run:
         if model is not None and is_due and hasattr(world, "is_correct"):
             label = torch.arange(len(world.PROMPTS))
             seed_with(self.seed, "listen")
-            steps = 4 if self.stage in STUDENTS else self.cfg.teacher_steps
+            steps = 4 if self.stage in MULTISTEP else self.cfg.teacher_steps
             wave, _ = make_clips(self.stage, model, self.vae, label, steps, self.cfg)
             self.shown["accuracy"] = world.is_correct(wave, label).float().mean()
         shown = {name: f"{value.item():.3f}" for name, value in self.shown.items()}
@@ -883,7 +883,7 @@ def command_sample(args):
         labels = toy_data.parse_prompt(args.prompt, world.PROMPTS)
     except ValueError as error:
         raise UserError(str(error))
-    steps = args.steps or (4 if args.model in STUDENTS else run.cfg.teacher_steps)
+    steps = args.steps or (4 if args.model in MULTISTEP else run.cfg.teacher_steps)
     summary, correct, groups = f"{args.model}, {steps} steps", [], {}
     for label, index in itertools.product(labels, range(args.count)):
         seed_with(args.seed, label, index)
@@ -907,43 +907,43 @@ def command_sample(args):
 @torch.inference_mode()
 def command_eval(args):
     run = Run(args.run, pick_device(args.device))
-    # From the last on: that one knows the settings of all. One still in training is left out.
+    # The last one is read first: it knows the settings of all. One still in training is left out.
     stages = [stage for stage in STAGES[:0:-1] if run.is_done(stage)][::-1]
     vae, cfg, world = run.vae, run.cfg, run.cfg.world
     classes, full = len(world.PROMPTS), cfg.teacher_steps
     label = torch.arange(classes).repeat(max(args.count, 2))  # one clip has no spread
     rng = torch.Generator().manual_seed(args.seed)
     reference = toy_data.Reference(world, world.make_batch(len(label), rng, label)[0], label)
-    real, _ = world.make_batch(len(label), rng, label)  # no model can beat "real", or its VAE
+    real, _ = world.make_batch(len(label), rng, label)  # "real" and "VAE": what models can hope for
     x_real = torch.cat([vae.encode(part.to(run.device)) for part in real.split(classes)])
     clips = {"real": real, "VAE": torch.cat([vae.decode(x).cpu() for x in x_real.split(classes)])}
     rows = {title: toy_data.score(world, wave, label, reference) for title, wave in clips.items()}
     models = {name: run.load(name) for name in stages} | {"re-noised": run.load("teacher")}
-    first = f"teacher, {full} steps, w = {cfg.w:g}"  # the row to which speed is compared
+    teacher = functools.partial(make_clips, "teacher", models["teacher"], vae, steps=full, cfg=cfg)
     wanted = [("teacher", full, cfg.w), ("teacher", full, 1.0), ("presto-l", full, cfg.w)]
     wanted += [("teacher", steps, cfg.w) for steps in (4, 8, 32) if steps != full]
-    wanted += [(name, steps, None) for name in STUDENTS for steps in (1, 2, 4, 8, 16)]
+    wanted += [(name, steps, None) for name in MULTISTEP for steps in (1, 2, 4, 8, 16)]
     for name, steps, w in tqdm([row for row in wanted if row[0] in models], desc="eval"):
         title = f"{name}, {steps} steps" + ("" if w is None else f", w = {w:g}")
         make = functools.partial(make_clips, name, models[name], vae, steps=steps,
                                  cfg=cfg if w is None else dataclasses.replace(cfg, w=w))
-        alone = min(make(label=label[:1])[1] for _ in range(20))  # what else runs only adds time
+        turns = [(teacher(label=label[:1])[1], make(label=label[:1])[1]) for _ in range(12)]
+        first, own = map(min, zip(*turns))  # in turn: speed drifts. min: what else runs adds time
         seed_with(args.seed, "noise")  # the same seed for every row
         waves, seconds = zip(*[make(label=part) for part in label.split(classes)])
         clips[title] = torch.cat(waves)
         row = rows[title] = toy_data.score(world, clips[title], label, reference)
-        row["ms"], row["batch_ms"] = 1000 * alone, 1000 * min(seconds) / classes
-        row["speedup"] = rows[first]["ms"] / row["ms"]
-    spread, fractions = {}, {"presto-l": cfg.fractions, "presto-ls": cfg.fractions_ls}
+        row["ms"], row["speedup"] = 1000 * own, first / own
+        row["batch_ms"] = 1000 * min(seconds) / classes
+    curves, fractions = {}, {"presto-l": cfg.fractions, "presto-ls": cfg.fractions_ls}
     for stage, sigma in itertools.product(stages, rho_schedule(torch.linspace(0, 0.7, 8), cfg)):
         denoise = with_budget(models[stage], fractions.get(stage), cfg)
-        ratio = spread_by_level(denoise, x_real, label.to(run.device), sigma.to(run.device))
-        spread.setdefault(stage, []).append((sigma.item(), ratio))
-    note = (f"{len(label)} clips per row, evaluation seed {args.seed}. ms, speed: one clip at a "
-            f"time, over the teacher's {full} steps. batch: ms per clip, {classes} at a time. "
-            "Each is the least of many.")
-    text, page = toy_data.report(world, f"Presto! {run.folder}", note, rows, spread, clips)
-    write_file(run.folder / "eval.json", json.dumps({"rows": rows, "spread": spread}).encode())
+        ratio = variance_by_level(denoise, x_real, label.to(run.device), sigma.to(run.device))
+        curves.setdefault(stage, []).append((sigma.item(), ratio))
+    note = (f"{len(label)} clips a row, evaluation seed {args.seed}. ms: one clip alone. speed: "
+            f"over the teacher's {full} steps. batch: ms per clip, {classes} at a time. The least.")
+    text, page = toy_data.report(world, f"Presto! {run.folder}", note, rows, curves, clips)
+    write_file(run.folder / "eval.json", json.dumps({"rows": rows, "variance": curves}).encode())
     write_file(run.folder / "report.html", page.encode())
     print(f"{text}\nTo see and hear it: {run.folder / 'report.html'}")
 
@@ -966,7 +966,7 @@ def make_parser():
         sub.add_argument("--device", help="cuda, mps or cpu (cuda if there is one)")
         return sub.add_argument
     option = command("train", command_train, "--out", "train, or go on after an interruption")
-    option("--preset", choices=PRESETS, help="settings of this size (on cuda gpu, else cpu)")
+    option("--preset", choices=PRESETS, help="set of settings (default: gpu on CUDA, else cpu)")
     option("--stage", choices=STAGES, help="train again from this stage on")
     option("--until", choices=STAGES, default=STAGES[-1], help="stop after this stage")
     option("--save_every", type=float, default=60, help="seconds between saves (60)")
@@ -993,8 +993,8 @@ def main(arguments=None):
     except (UserError, ImportError) as error:
         print(f"presto.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from the last save.", file=sys.stderr)
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or `| head`
+        print("\nInterrupted. `train` without --stage goes on from its last save.", file=sys.stderr)
         return 130
 if __name__ == "__main__":
     sys.exit(main())

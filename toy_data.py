@@ -424,15 +424,15 @@ def page(title, intro, lines, pictures, groups, sample_rate):
         body.append("</div>")
     return PAGE % {"title": html.escape(title), "intro": html.escape(intro), "body": "".join(body)}
 
-def report(world, title, note, rows, spread, clips):
+def report(world, title, note, rows, variance, clips):
     """What `presto.py eval` found, as text and as an HTML page. rows: those of `table`.
 
-    spread: {model: [(sigma, ratio), ...]}. clips: {name: waves}; waves[label] is of that class.
+    variance: {model: [(sigma, ratio), ...]}. clips: {name: waves}; waves[label] is of that class.
     """
     lines = table(rows)
     heading = "Variance of answers within a class over that of real latents, by the input's sigma"
     text = [title, note, "", aligned(lines), "", f"{heading}; students should be at 1:"]
-    for model, points in spread.items():
+    for model, points in variance.items():
         text.append(f"{model:9}" + "".join(f"  {s:.3g}: {ratio:.2f}" for s, ratio in points))
     quality = {}  # model: [(ms, fd, steps), ...], from fast to slow, without rows of w = 1
     for name, row in sorted(rows.items(), key=lambda item: item[1].get("ms", 0)):
@@ -441,7 +441,7 @@ def report(world, title, note, rows, spread, clips):
             point = (row["ms"], row["fd"], settings[0].split()[0])
             quality.setdefault(model, []).append(point)
     pictures = [
-        line_plot(heading, "sigma", "ratio; students should be at 1", spread, log_x=True),
+        line_plot(heading, "sigma", "ratio; students should be at 1", variance, log_x=True),
         line_plot("Quality against time, by steps", "ms per clip", "fd", quality, True, True)]
     groups = {}
     for label in range(0, len(world.PROMPTS), len(world.PROMPTS) // 4 + 1):  # four at most
