@@ -38,7 +38,7 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     8  and the lower half of fake_score, with head, learns to tell them apart.
     First, fake_score and head learn five times (1, 2, 5 to 8); then the generator, once (1 to 4, 7,
     8): it follows the difference, and tries to deceive the head, which now sees x_gen alone.
-    Ours, mainly: anchor_loss, and that fake_score is told the sigma of step 1 (train_student).
+    Ours, mainly: anchor_loss; fake_score is told the sigma of step 1; the low noise of step 7.
 
 DMD is distribution matching distillation; DMD2 adds the GAN. DSM, denoising score matching, is a
 denoiser's usual loss (see dsm_loss). ASE is early exiting: fewer blocks where noise is high.
@@ -51,9 +51,9 @@ SYMBOLS (the paper's name, then the name in this file)
     mu_psi          fake_score      a denoiser that learns what the generator makes
     G_phi           generator       the few-step student
     D_psi           head            the discriminator's head, on fake_score's half-way features
-    p_gen to p_GAN  p_gen to p_gan  "train" or "inf": the noise of steps 1, 3, 5 and 7 above
-    p(sigma^train)  "train"         the noise levels on which the teacher was trained
-    p(sigma^inf)    "inf"           inference: the levels that students will see, made continuous
+    p_gen to p_GAN  p_gen to p_gan  which noise levels the steps 1, 3, 5 and 7 above have:
+    p(sigma^train)  "train"         those on which the teacher was trained, or
+    p(sigma^inf)    "inf"           inference: the whole range in which students will be called
 """
 
 import argparse
@@ -80,7 +80,7 @@ import toy_data
 
 # ---- Part 0. Config ------------------------------------------------------------------------------
 STAGES = ["vae", "teacher", "presto-l", "presto-s", "presto-ls"]  # in order of training
-NOISE = ["train", "inf"]
+NOISE = ["train", "inf", "low", "discrete"]  # see draw_sigma
 
 class UserError(Exception):
     """Something that the user can put right: one line on stderr, and exit status 2."""
@@ -128,11 +128,11 @@ class Config:
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
     parallel: float = setting("presto-s", 0.1, "share of guidance's parallel part (see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
-    u_end: float = setting("presto-s", 0.8, "how far down the noise schedule students go (0 to 1)")
-    p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
+    u_end: float = setting("presto-s", 0.8, "students end before this u (rho_schedule: 0 to 1)")
+    p_gen: str = setting("presto-s", "inf", "noise on the generator's input", NOISE)
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
     p_dsm: str = setting("presto-s", "train", "noise under which the fake score learns", NOISE)
-    p_gan: str = setting("presto-s", "train", "noise under which the discriminator judges", NOISE)
+    p_gan: str = setting("presto-s", "low", "noise under which the discriminator judges", NOISE)
     nu1: float = setting("presto-s", 0.3, "weight of the GAN term for the generator (paper: 0.01)")
     nu2: float = setting("presto-s", 0.15, "weight of the GAN term for the head (paper: 0.005)")
     tell_level: bool = setting("presto-s", True, "tell the fake score the generator's sigma (ours)")
@@ -152,7 +152,7 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            low = 1 if field.type is int else -math.inf if field.name == "P_mean" else 0
+            low = 1 if field.type is int else -100 if field.name == "P_mean" else 0
             if field.type in (int, float) and not low <= value < math.inf:
                 raise UserError(f"--{field.name} {value}: must be a finite number, at least {low}")
         if self.width % 4 or self.width % self.num_heads or self.depth < 2:
@@ -181,6 +181,11 @@ PRESETS = {
 }
 
 # ---- Part 1. VAE: waveform <-> latents -----------------------------------------------------------
+def zero_init(layer):
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
 class ResidualBlock(nn.Module):
     """h + out(a * silu(b)), where a and b are two convolutions of norm(h) (Dauphin et al. 2017). A
     tone is amplitude times harmonics times envelope: a block that can multiply learns it faster."""
@@ -188,9 +193,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(width)
         self.conv = nn.Linear(3 * width, 2 * width)  # a conv over 3 frames; faster than Conv1d
-        self.out = nn.Linear(width, width)
-        nn.init.zeros_(self.out.weight)  # at first, the block is the identity
-        nn.init.zeros_(self.out.bias)
+        self.out = zero_init(nn.Linear(width, width))  # at first, the block is the identity
 
     def forward(self, h):  # (batch, frames, width)
         padded = F.pad(self.norm(h), (0, 0, 1, 1))  # (batch, frames + 2, width)
@@ -261,9 +264,7 @@ class Block(nn.Module):
         self.out = nn.Linear(width, width)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.adaln = nn.Linear(width, 6 * width)
-        nn.init.zeros_(self.adaln.weight)
-        nn.init.zeros_(self.adaln.bias)
+        self.adaln = zero_init(nn.Linear(width, 6 * width))
 
     def forward(self, h, c):  # (batch, frames, width), (batch, width)
         modulation = self.adaln(c)[:, None].chunk(6, dim=-1)  # six times (batch, 1, width)
@@ -305,11 +306,8 @@ class DiT(nn.Module):
         nn.init.zeros_(self.budget_table.weight)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.num_heads) for _ in range(cfg.depth))
         self.final_norm = nn.LayerNorm(cfg.width, elementwise_affine=False, eps=1e-6)
-        self.final_adaln = nn.Linear(cfg.width, 2 * cfg.width)
-        self.final_out = nn.Linear(cfg.width, cfg.latent_channels)
-        for layer in (self.final_adaln, self.final_out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.final_adaln = zero_init(nn.Linear(cfg.width, 2 * cfg.width))
+        self.final_out = zero_init(nn.Linear(cfg.width, cfg.latent_channels))
 
     def is_active(self, index, budget):
         """Whether block `index` runs: a bool if budget is an int, booleans (batch,) if a tensor.
@@ -383,10 +381,11 @@ def student_sigmas(steps, cfg):
     return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
-    """Draw noise levels (count,). "train": middle ones; very low or high teach little. "inf", for
-    the generator: those of sampling, which starts where "train" is rare. "discrete": of 4 steps."""
-    if distribution == "train":  # ln sigma is Gaussian (EDM, table 1)
+    """Draw noise levels (count,) as p_gen to p_gan say. "discrete": just those of four steps."""
+    if distribution == "train":  # ln sigma is Gaussian (EDM, table 1): extremes teach little
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
+    if distribution == "low":  # (ours) a fifth of it: see generator_loss
+        return draw_sigma("train", count, cfg, device) / 5
     if distribution == "inf":  # squared (ours): more of small u, where all students start
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
@@ -523,11 +522,10 @@ def train_teacher(run):
     return train_denoiser(run, "teacher", model, teacher_loss, cfg.teacher_updates, cfg.teacher_lr)
 
 # ---- Part 5. Presto-L: fewer layers where there is more noise ------------------------------------
-# ASE (Moon et al. 2024): far from the data a denoiser only has to say roughly where the data is,
-# and few blocks can do that. Near the data, details need them all. A trained DiT is fine-tuned
-# for it, each sample leaving the network at its own exit. Presto! sees a weakness: the variance
-# of a DiT's hidden state grows sharply in the last blocks. The output layer learnt to read what
-# those write. An early exit shows it another distribution. Presto-L makes three changes:
+# ASE (Moon et al. 2024): far from the data, a denoiser only has to say roughly where they are, and
+# few blocks can do that. Near them, details need all. A trained DiT is fine-tuned to exit early.
+# Presto! sees a weakness: the variance of a DiT's hidden state grows sharply in the last blocks,
+# and the output layer learnt to read what these write. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
 #   2. The network is told its budget (DiT.budget_table). Near a bin's edge, sigma hardly shows it.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
@@ -537,7 +535,7 @@ def budget_at(sigma, fractions, cfg):
     the teacher's steps are spread evenly. `fractions` has each bin's share of the depth. The first
     bin is the cleanest: u falls from 1 to 0, while sigma rises from sigma_min to sigma_max."""
     bins = len(fractions)
-    # 0.999: bucketize would put a level that is just on an edge into the cleaner bin.
+    # 0.999: a level that lies just on an edge belongs to the noisier bin (bucketize: the cleaner).
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -555,7 +553,7 @@ def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM (ASE has it alone) + L_st. L_st's target is the answer of full
     depth: nearly E[x0 | x], because the weights began as the teacher's. x_real, one x0 of many, is
     a noisier target. L_DSM is still needed: it ties the shared weights, and so the full pass, to
-    data. L_st has no gradient there (our reading): it would pull it down to the short pass."""
+    data. L_st has no gradient through the full pass (our reading): that would become like short."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -579,8 +577,7 @@ class Discriminator(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         w, layers = cfg.width, []
-        for stride in (1, 2, 2, 2):
-            kernel = 3 if stride == 1 else 4
+        for kernel, stride in ((3, 1), (4, 2), (4, 2), (4, 2)):
             layers += [nn.Conv1d(w, w, kernel, stride, padding=1), nn.GroupNorm(4, w), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Conv1d(w, 1, 1))
 
@@ -596,7 +593,8 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     mean of its log is the KL divergence): it moves x_gen to where real latents are more frequent
     than generated ones. Both mu are blurs, means of all x0 that fit x: the formula needs just that.
     But with mu_real alone as the target, x_gen would blur. Gaps grow with sigma: without the
-    divisor, high sigma would count most. Only real_score, the target, is guided."""
+    divisor, high sigma would count most. Only real_score, the target, is guided: fake_score must
+    know x_gen as it is."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
     fake = fake_score(x, sigma, label)  # 4  (batch, channels, frames)
@@ -619,7 +617,8 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
     The head reads fake_score's features (DMD2): the teacher's do not show the generator's faults.
-    nu1 is larger than the paper's 0.01 by trial: how strong L_GAN is depends on the latents."""
+    It does so at low noise (p_gan = "low", ours): more noise hides most of what is wrong, and the
+    head only guesses. nu1 and nu2 have the paper's ratio, but are larger, by trial."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -644,13 +643,13 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
-    Presto-L, which knows how. The scores keep full depth (our reading): the generator would copy
-    their errors, and sampling does not run them. `tell_level` (ours): fake_score knows the level of
+    Presto-L, which knows how. The scores keep full depth (our reading): short ones would have
+    errors to copy, and sampling runs no score. `tell_level` (ours): fake_score knows the level of
     the generator's input. Else it sees the answers to all levels mixed: if some are too quiet,
     others too loud, the mixture can look right, nothing corrects them, and they drift apart."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
-    short_scores = is_ls and not cfg.full_scores  # then they start at Presto-L, with its budgets
+    short_scores = is_ls and not cfg.full_scores  # then they, too, are Presto-L, with these budgets
     score_stage, score_fractions = ("presto-l", fractions) if short_scores else ("teacher", None)
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
     fake_net = run.load(score_stage).requires_grad_(True)  # a denoiser already: it catches up soon
@@ -690,7 +689,7 @@ def train_student(run, stage):
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's slopes
     need means; students answer with samples.) No guidance: it was learnt. x: noise of deviation
-    sigmas[0]. Training noised x_real, not x0 (DMD2 runs this sampler in training, too): a good
+    sigmas[0]. In training, x_real was noised, not x0 (DMD2 samples there, too): a good
     x0 resembles x_real. p_gen is continuous: any number of steps works, but errors add up."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
@@ -699,7 +698,7 @@ def sample_multistep(denoise, x, sigmas, label):
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-# Sampled with sample_multistep. "re-noised": the undistilled teacher, unguided: its blur's cost.
+# Sampled by sample_multistep. "re-noised" is the undistilled teacher: it shows what blur costs.
 MULTISTEP = ["re-noised", "presto-s", "presto-ls"]
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
@@ -928,7 +927,7 @@ def command_eval(args):
         make = functools.partial(make_clips, name, models[name], vae, steps=steps,
                                  cfg=cfg if w is None else dataclasses.replace(cfg, w=w))
         turns = [(teacher(label=label[:1])[1], make(label=label[:1])[1]) for _ in range(12)]
-        first, own = map(min, zip(*turns))  # in turn: speed drifts. min: what else runs adds time
+        first, own = map(min, zip(*turns))  # in turn, because a machine's speed drifts
         seed_with(args.seed, "noise")  # the same seed for every row
         waves, seconds = zip(*[make(label=part) for part in label.split(classes)])
         clips[title] = torch.cat(waves)
