@@ -553,7 +553,7 @@ def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM (ASE has it alone) + L_st. L_st's target is the answer of full
     depth: nearly E[x0 | x], because the weights began as the teacher's. x_real, one x0 of many, is
     a noisier target. L_DSM is still needed: it ties the shared weights, and so the full pass, to
-    data. L_st has no gradient through the full pass (our reading): that would become like short."""
+    data. L_st does not train the full pass (our reading): it must not learn from the short one."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -950,8 +950,9 @@ def positive(text):  # argparse's type for a whole number from 1
     if int(text) < 1:
         raise ValueError
     return int(text)
-def shares(text):  # argparse's type for a list, such as [1, 0.5]
-    return tuple(float(share) for share in json.loads(text))
+def shares(text):  # argparse's type for a list, such as [1, 0.5]; an empty one is a ValueError
+    first, *others = map(float, json.loads(text))
+    return first, *others
 
 def make_parser():
     parser = argparse.ArgumentParser("presto.py", allow_abbrev=False)

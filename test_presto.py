@@ -693,7 +693,7 @@ def test_a_spoilt_checkpoint_gets_one_line_naming_it(folder, tmp_path, capsys, m
 @pytest.mark.parametrize("option, value, says", [
     ("--width", "18", "multiple of 4"), ("--stride", "500", "8 whole frames"),
     ("--rho", "nan", "finite"), ("--data", "no_such", "no_such"), ("--device", "x", "--device x"),
-    ("--vae_lr", "1e9", "vae, update"), ("--teacher_update", "3", "update")])
+    ("--vae_lr", "1e9", "vae, up"), ("--vae_update", "3", "update"), ("--fractions", "[]", "[]")])
 def test_bad_options_get_status_2_a_line_and_no_file(tmp_path, capsys, option, value, says):
     with pytest.raises(SystemExit, match="^2$"):  # argparse exits by itself
         sys.exit(presto.main([*TRAIN, str(tmp_path / "run"), option, value]))
