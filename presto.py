@@ -17,7 +17,7 @@ READING ORDER (it is also the order of execution)
     Part 3  EDM         noise, preconditioning, guidance, sampler      Karras et al. 2022
     Part 4  Teacher     the training loop, and the loss of a denoiser
     Part 5  Presto-L    fewer layers: ASE, and what Presto! changes    Moon et al. 2024
-    Part 6  Presto-S    fewer steps: DMD2 + GAN for continuous sigma   Yin et al. 2024
+    Part 6  Presto-S    fewer steps: DMD2 for continuous sigma         Yin et al. 2024
             Presto-LS   both: the same loop, started from Presto-L
     Part 7  Generating and measuring. (Part 8: runs and command line, no lesson here)
 
@@ -128,7 +128,7 @@ class Config:
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
     parallel: float = setting("presto-s", 0.1, "share of guidance's parallel part (see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
-    u_end: float = setting("presto-s", 0.8, "students end before this u (rho_schedule: 0 to 1)")
+    u_end: float = setting("presto-s", 0.8, "students end before this u (0, noisy, to 1, clean)")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", NOISE)
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
     p_dsm: str = setting("presto-s", "train", "noise under which the fake score learns", NOISE)
@@ -474,7 +474,7 @@ def train_vae(run):
     return vae
 
 class Latents:
-    """The training set: `cfg.clips` real clips, encoded once."""
+    """The training set: `cfg.clips` real clips, encoded once, because the VAE learns no more."""
     def __init__(self, vae, cfg, seed):
         rng = torch.Generator().manual_seed(seed)
         x, label = [], []
@@ -502,9 +502,9 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
-        # As on the web, some captions are wrong (ours). They pull mu(x, label) towards mu(x, null).
-        # Guidance leads away from mu(x, null): so it has something to mend. (In Part 6 all labels
-        # are right: a wrong one would ask DMD to turn one timbre into another.)
+        # As on the web, some captions name a wrong timbre (ours). They pull mu(x, label)
+        # towards mu(x, null). Guidance leads away from it: so it has something to mend. (In Part 6
+        # all labels are right: a wrong one would ask DMD to turn one timbre into another.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -535,7 +535,7 @@ def budget_at(sigma, fractions, cfg):
     the teacher's steps are spread evenly. `fractions` has each bin's share of the depth. The first
     bin is the cleanest: u falls from 1 to 0, while sigma rises from sigma_min to sigma_max."""
     bins = len(fractions)
-    # 0.999: a level that lies just on an edge belongs to the noisier bin (bucketize: the cleaner).
+    # 0.999: a level that lies just on an edge belongs to the noisier bin (bucketize: cleaner).
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -689,11 +689,11 @@ def train_student(run, stage):
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's slopes
     need means; students answer with samples.) No guidance: it was learnt. x: noise of deviation
-    sigmas[0]. In training, x_real was noised, not x0 (DMD2 samples there, too): a good
-    x0 resembles x_real. p_gen is continuous: any number of steps works, but errors add up."""
+    sigmas[0]. Training noised x_real instead of x0 (DMD2 does not: it runs this sampler), because a
+    good x0 resembles it. p_gen is continuous: any number of steps works, but errors add up."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
-        x = x0 + sigma * torch.randn(x.shape).to(x.device)
+        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 is made of the old one
         x0 = denoise(x, sigma, label)  # (batch, channels, frames)
     return x0
 
@@ -860,7 +860,7 @@ def command_train(args):
     run = Run(args.out, device, Config(**PRESETS[preset] | chosen), args.seed, args.save_every)
     again = STAGES[STAGES.index(args.stage):] if args.stage else []
     for stage in [stage for stage in STAGES if run.path(stage).exists()]:
-        if stage in again:  # these come last: all others are sound before one is deleted
+        if stage in again:  # they come last: when one is deleted, the others are sound
             run.path(stage).unlink()
         else:
             run.read(stage)
@@ -927,7 +927,7 @@ def command_eval(args):
         make = functools.partial(make_clips, name, models[name], vae, steps=steps,
                                  cfg=cfg if w is None else dataclasses.replace(cfg, w=w))
         turns = [(teacher(label=label[:1])[1], make(label=label[:1])[1]) for _ in range(12)]
-        first, own = map(min, zip(*turns))  # in turn, because a machine's speed drifts
+        first, own = map(min, zip(*turns))  # in turn: speed drifts; min: others' work adds
         seed_with(args.seed, "noise")  # the same seed for every row
         waves, seconds = zip(*[make(label=part) for part in label.split(classes)])
         clips[title] = torch.cat(waves)
@@ -940,7 +940,7 @@ def command_eval(args):
         ratio = variance_by_level(denoise, x_real, label.to(run.device), sigma.to(run.device))
         curves.setdefault(stage, []).append((sigma.item(), ratio))
     note = (f"{len(label)} clips a row, evaluation seed {args.seed}. ms: one clip alone. speed: "
-            f"over the teacher's {full} steps. batch: ms per clip, {classes} at a time. The least.")
+            f"over the teacher's {full} steps. batch: ms per clip of {classes}. All: least of several.")
     text, page = toy_data.report(world, f"Presto! {run.folder}", note, rows, curves, clips)
     write_file(run.folder / "eval.json", json.dumps({"rows": rows, "variance": curves}).encode())
     write_file(run.folder / "report.html", page.encode())
