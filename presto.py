@@ -939,8 +939,8 @@ def command_eval(args):
         denoise = with_budget(models[stage], fractions.get(stage), cfg)
         ratio = variance_by_level(denoise, x_real, label.to(run.device), sigma.to(run.device))
         curves.setdefault(stage, []).append((sigma.item(), ratio))
-    note = (f"{len(label)} clips a row, evaluation seed {args.seed}. ms, speed: one clip alone, and "
-            f"the teacher's {full} steps. batch: ms per clip of {classes}. Times: the least of many.")
+    note = (f"{len(label)} clips a row, evaluation seed {args.seed}. ms, speed: one clip, over "
+            f"the teacher's {full} steps. batch: ms per clip of {classes}. Each: least of many.")
     text, page = toy_data.report(world, f"Presto! {run.folder}", note, rows, curves, clips)
     write_file(run.folder / "eval.json", json.dumps({"rows": rows, "variance": curves}).encode())
     write_file(run.folder / "report.html", page.encode())
