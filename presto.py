@@ -139,7 +139,7 @@ class Config:
     warm_updates: int = setting("presto-s", 100, "fake-score updates before the generator's first")
     fake_updates: int = setting("presto-s", 5, "fake-score updates per generator update (paper: 5)")
     student_batch: int = setting("presto-s", 16, "clips per update of Presto-S and -LS")
-    student_updates: int = setting("presto-s", 450, "updates of the generator")
+    student_updates: int = setting("presto-s", 900, "updates of the generator")
     anchor: float = setting("presto-s", 120.0, "weight of anchor_loss (ours)")
     generator_lr: float = setting("presto-s", 2e-4, "learning rate of the generator (paper: 5e-7)")
     fake_lr: float = setting("presto-s", 4e-4, "rate of fake score and head: constant, to keep up")
