@@ -36,8 +36,8 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     6  and fake_score learns to denoise it. If it lags, step 4 judges an older generator.
     7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan,
     8  and the lower half of fake_score, with head, learns to tell them apart.
-    First, fake_score and head learn five times (1, 2, 5 to 8); then the generator, once (1 to 4, 7,
-    8): it follows the difference, and tries to deceive the head, which now sees x_gen alone.
+    In a round, fake_score and head learn five times (1, 2, 5 to 8), then the generator once (1 to
+    4, 7, 8): it follows the difference, and tries to deceive the head, which now sees x_gen alone.
     Ours, mainly: anchor_loss; fake_score is told the sigma of step 1; the low noise of step 7.
 
 DMD is distribution matching distillation; DMD2 adds the GAN. DSM, denoising score matching, is a
@@ -128,7 +128,7 @@ class Config:
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
     parallel: float = setting("presto-s", 0.1, "share of guidance's parallel part (see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
-    u_end: float = setting("presto-s", 0.8, "students end before this u (0, noisy, to 1, clean)")
+    u_end: float = setting("presto-s", 0.8, "students end before this u of rho_schedule")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", NOISE)
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
     p_dsm: str = setting("presto-s", "train", "noise under which the fake score learns", NOISE)
@@ -403,7 +403,7 @@ def guided(denoise, cfg):
     """Classifier-free guidance of a denoiser mu: a denoiser again. w = 1: just mu, half the cost.
         mu(x, label) + (w - 1) * d,    d = mu(x, label) - mu(x, null)
     d points to the wanted class. The part of d that is parallel to mu(x, label) only makes a tone
-    louder. It is multiplied by `parallel`: 1 is the paper's mu(x, null) + w * d; less (ours) is
+    louder. It is multiplied by `parallel`: 1 gives the paper's mu(x, null) + w * d; less (ours),
     the projection of adaptive projected guidance (APG, Sadat et al. 2025, arXiv 2410.02416)."""
     if cfg.w == 1:
         return denoise
@@ -535,7 +535,7 @@ def budget_at(sigma, fractions, cfg):
     the teacher's steps are spread evenly. `fractions` has each bin's share of the depth. The first
     bin is the cleanest: u falls from 1 to 0, while sigma rises from sigma_min to sigma_max."""
     bins = len(fractions)
-    # 0.999: a level that lies just on an edge belongs to the noisier bin (bucketize: cleaner).
+    # 0.999: a level just on an edge belongs to the noisier bin; bucketize takes the cleaner one.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -592,12 +592,12 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     So mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real). Descent lowers this ratio (the
     mean of its log is the KL divergence): it moves x_gen to where real latents are more frequent
     than generated ones. Both mu are blurs, means of all x0 that fit x: the formula needs just that.
-    But with mu_real alone as the target, x_gen would blur. Gaps grow with sigma: without the
-    divisor, high sigma would count most. Only real_score, the target, is guided: fake_score must
-    know x_gen as it is."""
+    But with mu_real alone as the target, x_gen would blur. Both differences in g grow with sigma:
+    without the divisor, high sigma would count most. Only real_score, the target, is guided:
+    fake_score must know x_gen as it is."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
-    fake = fake_score(x, sigma, label)  # 4  (batch, channels, frames)
+    fake = fake_score(x, sigma, label)  # 4  it also knows sigma_gen: see fake_at
     size = (x_gen - real).abs().mean((1, 2), keepdim=True).clamp_min(1e-6)  # (batch, 1, 1)
     return (fake - real) / size
 
@@ -607,9 +607,9 @@ def dmd_loss(x_gen, gradient):
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
     """Ours: c_skip^2 (x_gen - x_real)^2; x_gen answers x_real + sigma * noise. Updates at high
-    input levels also shift the answers at low ones, by a few percent. DMD does not see so little,
-    but it adds up over a sampler's steps. At low noise only one answer is right, x_real, and is
-    held. At high noise many are; to hold one would blur: c_skip goes to 0 (squared: sooner)."""
+    input levels also shift the answers at low ones, by a few percent. DMD cannot see so small a
+    shift, but a sampler adds it up. At low noise only one answer is right, x_real: it is held. At
+    high noise many are right, and holding one would blur: c_skip goes to 0 (squared: sooner)."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.square().reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
@@ -643,10 +643,10 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
-    Presto-L, which knows how. The scores keep full depth (our reading): short ones would have
-    errors to copy, and sampling runs no score. `tell_level` (ours): fake_score knows the level of
-    the generator's input. Else it sees the answers to all levels mixed: if some are too quiet,
-    others too loud, the mixture can look right, nothing corrects them, and they drift apart."""
+    Presto-L, which knows how. The scores keep full depth (our reading): the generator would copy
+    the errors of short ones, which would not even make sampling faster. `tell_level` (ours):
+    fake_score knows the level of the generator's input. Else it sees the answers to all levels
+    mixed: some too quiet, others too loud can look right together, and they drift apart."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
     short_scores = is_ls and not cfg.full_scores  # then they, too, are Presto-L, with these budgets
@@ -693,17 +693,17 @@ def sample_multistep(denoise, x, sigmas, label):
     good x0 resembles it. p_gen is continuous: any number of steps works, but errors add up."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
-        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 is made of the old one
+        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 is made of the old noise
         x0 = denoise(x, sigma, label)  # (batch, channels, frames)
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-# Sampled by sample_multistep. "re-noised" is the undistilled teacher: it shows what blur costs.
+# Sampled by sample_multistep. "re-noised" is the undistilled teacher, unguided: a blur.
 MULTISTEP = ["re-noised", "presto-s", "presto-ls"]
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
     """Clips (batch, time) on the CPU for label (batch,), and the seconds that they took. Noise is
-    drawn on the CPU, so that one seed means nearly one sound on every device."""
+    drawn on the CPU, so that one seed means nearly the same sound everywhere."""
     start, device = time.perf_counter(), vae.mean.device
     label, noise = label.to(device), torch.randn(len(label), cfg.latent_channels, cfg.frames)
     fractions = {"presto-l": cfg.fractions, "presto-ls": cfg.fractions_ls}.get(name)
@@ -860,7 +860,7 @@ def command_train(args):
     run = Run(args.out, device, Config(**PRESETS[preset] | chosen), args.seed, args.save_every)
     again = STAGES[STAGES.index(args.stage):] if args.stage else []
     for stage in [stage for stage in STAGES if run.path(stage).exists()]:
-        if stage in again:  # they come last: when one is deleted, the others are sound
+        if stage in again:  # they come last: by then, the others were found sound
             run.path(stage).unlink()
         else:
             run.read(stage)
@@ -906,7 +906,7 @@ def command_sample(args):
 @torch.inference_mode()
 def command_eval(args):
     run = Run(args.run, pick_device(args.device))
-    # The last one is read first: it knows the settings of all. One still in training is left out.
+    # The last stage is read first: its settings are those of all. Unfinished ones are left out.
     stages = [stage for stage in STAGES[:0:-1] if run.is_done(stage)][::-1]
     vae, cfg, world = run.vae, run.cfg, run.cfg.world
     classes, full = len(world.PROMPTS), cfg.teacher_steps
@@ -927,7 +927,7 @@ def command_eval(args):
         make = functools.partial(make_clips, name, models[name], vae, steps=steps,
                                  cfg=cfg if w is None else dataclasses.replace(cfg, w=w))
         turns = [(teacher(label=label[:1])[1], make(label=label[:1])[1]) for _ in range(12)]
-        first, own = map(min, zip(*turns))  # in turn: speed drifts; min: others' work adds
+        first, own = map(min, zip(*turns))  # in turn, as speed drifts; other programs add time
         seed_with(args.seed, "noise")  # the same seed for every row
         waves, seconds = zip(*[make(label=part) for part in label.split(classes)])
         clips[title] = torch.cat(waves)
@@ -939,8 +939,8 @@ def command_eval(args):
         denoise = with_budget(models[stage], fractions.get(stage), cfg)
         ratio = variance_by_level(denoise, x_real, label.to(run.device), sigma.to(run.device))
         curves.setdefault(stage, []).append((sigma.item(), ratio))
-    note = (f"{len(label)} clips a row, evaluation seed {args.seed}. ms, speed: one clip, over "
-            f"the teacher's {full} steps. batch: ms per clip of {classes}. Each: least of many.")
+    note = (f"{len(label)} clips a row, evaluation seed {args.seed}. ms: one clip alone. speed: "
+            f"over the teacher's {full} steps. batch: ms per clip of {classes}. Least of many.")
     text, page = toy_data.report(world, f"Presto! {run.folder}", note, rows, curves, clips)
     write_file(run.folder / "eval.json", json.dumps({"rows": rows, "variance": curves}).encode())
     write_file(run.folder / "report.html", page.encode())

@@ -182,7 +182,7 @@ def frechet_distance(a, b):
     """Frechet distance of embeddings (n, d), (m, d): |mean gap|^2 + tr(A + B - 2 (AB)^(1/2)).
 
     It compares Gaussians fitted to the sets, over all classes together (Heusel et al. 2017). Real
-    sets of n tones get about 26 / n, so 0.03 for 768. It hardly sees a collapse: 0.4 for 768 tones
+    sets of n tones get about 26 / n, so 0.03 for 768. It hardly sees a collapse: only 0.4,
     if every class repeats one single clip sixteen times. Recall, coverage and spread see it.
     """
     cov_a = torch.cov(a.double().T)
