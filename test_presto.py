@@ -301,7 +301,7 @@ def test_schedules_end_where_they_should_p_inf_is_the_students_and_p_train_is_lo
         assert near((drawn > sigma).float().mean(), (visited > sigma).float().mean(), 0.08)
     for kind, factor in (("train", 1), ("low", 1 / 5)):
         log = (presto.draw_sigma(kind, 100_000, CFG, "cpu") / factor).log()
-        assert near(log.mean(), CFG.P_mean, 0.03) and near(log.std(), CFG.P_std, 0.03)
+        assert near(log.mean(), CFG.P_mean, 0.03) and near(log.std(), CFG.P_std, 0.028)
     levels = presto.draw_sigma("discrete", 1000, CFG, "cpu").unique()
     assert levels.tolist() == approx(presto.student_sigmas(4, CFG).flip(0).tolist())
 
