@@ -80,7 +80,7 @@ import toy_data
 
 # ---- Part 0. Config ------------------------------------------------------------------------------
 STAGES = ["vae", "teacher", "presto-l", "presto-s", "presto-ls"]  # in order of training
-NOISE = ["train", "inf", "low", "discrete"]  # see draw_sigma
+NOISE = ["train", "inf"]  # see draw_sigma
 
 class UserError(Exception):
     """Something that the user can put right: one line on stderr, and exit status 2."""
@@ -129,10 +129,10 @@ class Config:
     parallel: float = setting("presto-s", 0.1, "share of guidance's parallel part (see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
     u_end: float = setting("presto-s", 0.8, "students end before this u of rho_schedule")
-    p_gen: str = setting("presto-s", "inf", "noise on the generator's input", NOISE)
+    p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
     p_dsm: str = setting("presto-s", "train", "noise under which the fake score learns", NOISE)
-    p_gan: str = setting("presto-s", "low", "noise under which the discriminator judges", NOISE)
+    p_gan: str = setting("presto-s", "low", "noise under which the head judges", [*NOISE, "low"])
     nu1: float = setting("presto-s", 0.3, "weight of the GAN term for the generator (paper: 0.01)")
     nu2: float = setting("presto-s", 0.15, "weight of the GAN term for the head (paper: 0.005)")
     tell_level: bool = setting("presto-s", True, "tell the fake score the generator's sigma (ours)")
