@@ -299,7 +299,7 @@ def test_schedules_end_where_they_should_p_inf_is_the_students_and_p_train_is_lo
     visited = torch.cat([presto.student_sigmas(n, CFG).repeat(840 // n) for n in numbers])
     for sigma in (40, 10, 3, 1, 0.3, 0.08):
         assert near((drawn > sigma).float().mean(), (visited > sigma).float().mean(), 0.08)
-    for kind, factor in (("train", 1), ("low", 1 / 5)):
+    for kind, factor in ((CFG.p_dsm, 1), ("train", 1), (CFG.p_gan, 1 / 5), ("low", 1 / 5)):
         log = (presto.draw_sigma(kind, 100_000, CFG, "cpu") / factor).log()
         assert near(log.mean(), CFG.P_mean, 0.03) and near(log.std(), CFG.P_std, 0.028)
     levels = presto.draw_sigma("discrete", 1000, CFG, "cpu").unique()
@@ -594,11 +594,11 @@ def test_sample_writes_wavs_in_range_and_the_same_seed_writes_the_same_bytes(fol
 
 def test_eval_measures_every_model_with_its_own_layers_on_the_same_noise(folder, monkeypatch):
     shutil.copy(folder / "teacher.pt", folder / "presto-s.pt")  # one that learnt nothing
-    calls, load, make_clips = {}, presto.Run.load, presto.make_clips
+    calls, load, make_clips, late = {}, presto.Run.load, presto.make_clips, iter([9])
     monkeypatch.setattr(presto.Run, "load", lambda run, stage: record(
         load(run, stage), [] if stage == "vae" else calls.setdefault(stage, [])))
     monkeypatch.setattr(presto, "make_clips", lambda *args, label, steps, cfg: (
-        make_clips(*args, label, steps, cfg)[0], steps * cfg.w * len(label)))  # and its seconds
+        make_clips(*args, label, steps, cfg)[0], steps * cfg.w * len(label) * next(late, 1)))
     assert presto.main(["eval", "--run", str(folder), "--count", "1", "--device", "cpu"]) == 0
     fractions = {"presto-l": CFG.fractions, "presto-ls": CFG.fractions_ls}
     assert all(budget_is(call, fractions.get(s)) for s in presto.STAGES[1:] for call in calls[s])
@@ -690,7 +690,7 @@ def test_a_spoilt_checkpoint_gets_one_line_naming_it(folder, tmp_path, capsys, m
     status = presto.main(["eval", "--run", "run", "--count", "1", "--device", "cpu"])
     assert status == (0 if how in ("missing", "half") else 2)  # eval leaves these out
 
-@pytest.mark.parametrize("option, value, says", [
+@pytest.mark.parametrize("option, value, says", [("--p_dmd", "low", "low"),
     ("--width", "18", "multiple of 4"), ("--stride", "500", "8 whole frames"),
     ("--rho", "nan", "finite"), ("--data", "no_such", "no_such"), ("--device", "x", "--device x"),
     ("--vae_lr", "1e9", "vae, up"), ("--vae_update", "3", "update"), ("--fractions", "[]", "[]")])
