@@ -38,7 +38,7 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     8  and the lower half of fake_score, with head, learns to tell them apart.
     In a round, fake_score and head learn five times (1, 2, 5 to 8), then the generator once (1 to
     4, 7, 8): it follows the difference, and tries to deceive the head, which now sees x_gen alone.
-    Ours, mainly: anchor_loss; fake_score is told the sigma of step 1; the low noise of step 7.
+    Ours, mainly: anchor_loss; fake_score is told the sigma of step 1; the low noise of p_gan.
 
 DMD is distribution matching distillation; DMD2 adds the GAN. DSM, denoising score matching, is a
 denoiser's usual loss (see dsm_loss). ASE is early exiting: fewer blocks where noise is high.
@@ -128,11 +128,11 @@ class Config:
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
     parallel: float = setting("presto-s", 0.1, "share of guidance's parallel part (see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
-    u_end: float = setting("presto-s", 0.8, "students end before this u of rho_schedule")
+    u_end: float = setting("presto-s", 0.8, "students end before this u (at 1: sigma_min)")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
     p_dsm: str = setting("presto-s", "train", "noise under which the fake score learns", NOISE)
-    p_gan: str = setting("presto-s", "low", "noise under which the head judges", [*NOISE, "low"])
+    p_gan: str = setting("presto-s", "low", "noise for the head (paper: train)", [*NOISE, "low"])
     nu1: float = setting("presto-s", 0.3, "weight of the GAN term for the generator (paper: 0.01)")
     nu2: float = setting("presto-s", 0.15, "weight of the GAN term for the head (paper: 0.005)")
     tell_level: bool = setting("presto-s", True, "tell the fake score the generator's sigma (ours)")
@@ -145,16 +145,17 @@ class Config:
     fake_lr: float = setting("presto-s", 4e-4, "rate of fake score and head: constant, to keep up")
     student_ema: float = setting("presto-s", 0.98, "decay of the generator's averaged weights")
     fractions_ls: tuple = setting("presto-ls", (1, 1, 1, 1, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63),
-                                  "as fractions, but milder: few calls must do all (our reading)")
+                                  "like fractions, but milder: few calls must do all (our reading)")
     ls_start: str = setting("presto-ls", "presto-l", "generator's start (our reading)", STAGES[2:4])
     full_scores: bool = setting("presto-ls", True, "both scores keep full depth (our reading)")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            low = 1 if field.type is int else -100 if field.name == "P_mean" else 0
-            if field.type in (int, float) and not low <= value < math.inf:
-                raise UserError(f"--{field.name} {value}: must be a finite number, at least {low}")
+            name, value = field.name, getattr(self, field.name)
+            low = {"P_mean": -100, "rho": 1, "sigma_data": 0.01}.get(name, int(field.type is int))
+            high = 1 if name in ("ema", "student_ema", "u_end") else 10**9
+            if field.type in (int, float) and not low <= value <= high:
+                raise UserError(f"--{name} {value}: must be a number from {low} to {high}")
         if self.width % 4 or self.width % self.num_heads or self.depth < 2:
             raise UserError("--width must be a multiple of 4 and of --num_heads, --depth 2 or more")
         if self.stride % 2 or self.world.CLIP_SAMPLES % self.stride or self.frames < 8:
@@ -278,7 +279,7 @@ class Block(nn.Module):
 
 class LevelEmbedding(nn.Module):
     """c_noise = ln(sigma) / 4 (batch,) -> conditioning (batch, width), by Fourier features: an MLP
-    hardly sees small steps of one number. Waves show them: 0.4 to 40 periods over all levels."""
+    hardly sees small steps of one number. Waves show them: over all levels, 0.4 to 40 periods."""
     def __init__(self, width):
         super().__init__()
         self.register_buffer("frequencies", torch.logspace(0, 2, width // 2))
@@ -344,11 +345,11 @@ class DiT(nn.Module):
 #     sigma  noise level                            () or (batch,)
 #     label  class index, or cfg.null for none      (batch,)
 #     x0     clean latents                          (batch, channels, frames)
-# The x0 of a teacher is E[x0 | x], the mean of all clean latents that x may come from: it has the
-# least squared error. A generator's is one sample of them. (The fake score is told more: Part 6.)
+# A teacher answers with E[x0 | x], the mean of all clean latents that x may come from: it has the
+# least squared error. A generator answers with one of them. (The fake score is told more: Part 6.)
 class Denoiser(nn.Module):
-    """D = c_skip x + c_out F (EDM, equation 7). The input and the training target of F, a DiT, have
-    variance 1 at every sigma. At low noise, D is nearly x: c_out makes F's errors small."""
+    """D = c_skip x + c_out F (EDM, equation 7). The input c_in x of F, a DiT, and its target
+    (x0 - c_skip x) / c_out have variance 1 at every sigma. At low noise, c_out cuts F's error."""
     def __init__(self, cfg):
         super().__init__()
         self.sigma_data = cfg.sigma_data
@@ -356,14 +357,14 @@ class Denoiser(nn.Module):
 
     def forward(self, x, sigma, label, budget=None, sigma_gen=None, return_features=False):
         sigma = sigma.reshape(-1, 1, 1)  # a scalar broadcasts
-        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)  # 1 to 0; at sigma 0, D is x
+        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)  # 1 to 0
         c_out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()  # 0 to sigma_data
         c_in = 1 / (sigma**2 + self.sigma_data**2).sqrt()  # c_in * x has variance 1
         c_noise = sigma.flatten().log() / 4
         c_gen = None if sigma_gen is None else sigma_gen.log() / 4
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             F_x = self.net(c_in * x, c_noise, label, budget, c_gen, return_features).float()
-        return F_x if return_features else c_skip * x + c_out * F_x
+        return F_x if return_features else c_skip * x + c_out * F_x  # D: from x to c_out F
 
 def rho_schedule(u, cfg):
     """EDM's equation 5, made continuous: u in [0, 1] -> sigma, from sigma_max to sigma_min."""
@@ -386,7 +387,7 @@ def draw_sigma(distribution, count, cfg, device):
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
     if distribution == "low":  # (ours) a fifth of it: see generator_loss
         return draw_sigma("train", count, cfg, device) / 5
-    if distribution == "inf":  # squared (ours): more of small u, where all students start
+    if distribution == "inf":  # squared (ours): more of high sigma, where all students start
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
@@ -395,7 +396,7 @@ def add_noise(x, sigma):  # (batch, channels, frames), () or (batch,)
 
 def dsm_loss(denoised, target, sigma, cfg):
     """Denoising score matching: lambda(sigma) ||denoised - target||^2 (EDM, equations 2 and 8).
-    lambda = 1 / c_out^2: it is the plain squared error of F. Else low levels would hardly count."""
+    lambda = 1 / c_out^2 makes it F's plain squared error. Else low levels would hardly count."""
     weight = (sigma**2 + cfg.sigma_data**2) / (sigma * cfg.sigma_data) ** 2  # (batch,)
     return (weight.reshape(-1, 1, 1) * (denoised - target).square()).mean()
 
@@ -403,7 +404,7 @@ def guided(denoise, cfg):
     """Classifier-free guidance of a denoiser mu: a denoiser again. w = 1: just mu, half the cost.
         mu(x, label) + (w - 1) * d,    d = mu(x, label) - mu(x, null)
     d points to the wanted class. The part of d that is parallel to mu(x, label) only makes a tone
-    louder. It is multiplied by `parallel`: 1 gives the paper's mu(x, null) + w * d; less (ours),
+    louder. It is multiplied by `parallel`: 1 gives the paper's mu(x, null) + w * d. Less (ours) is
     the projection of adaptive projected guidance (APG, Sadat et al. 2025, arXiv 2410.02416)."""
     if cfg.w == 1:
         return denoise
@@ -422,13 +423,13 @@ def guided(denoise, cfg):
 @torch.no_grad()
 def sample_heun(denoise, x, sigmas, label):
     """Heun's second-order sampler (EDM, algorithm 1) of teacher and Presto-L: 2 * steps - 1 calls.
-    x: pure noise of standard deviation sigmas[0] (batch, channels, frames). sigmas end with 0."""
+    Its path: dx / dsigma = d. x: noise of deviation sigmas[0] (batch, channels, frames)."""
     for sigma, sigma_next in itertools.pairwise(sigmas):
-        d = (x - denoise(x, sigma, label)) / sigma  # the noise in x: the slope dx / dsigma (EDM)
+        d = (x - denoise(x, sigma, label)) / sigma  # the mean noise in x
         x_next = x + (sigma_next - sigma) * d  # Euler's step
         if sigma_next > 0:  # at 0 there is no second slope: Euler's step is kept
             d_next = (x_next - denoise(x_next, sigma_next, label)) / sigma_next
-            x_next = x + (sigma_next - sigma) * (d + d_next) / 2  # paths bend: so the mean of both
+            x_next = x + (sigma_next - sigma) * (d + d_next) / 2  # the path bends: mean of both
         x = x_next
     return x
 
@@ -445,8 +446,8 @@ def lr_at(i, total, lr):
     return lr * min(1, (i + 1) / (0.025 * total), (total - i) / (0.6 * total))
 
 def optimizer_step(loss, optimizer, lr):
-    """One update of the optimizer's own parameters, with clipping. `inputs=` spares all others: the
-    generator's GAN term runs through the fake score and the head, and must not train them."""
+    """One update of the optimizer's own parameters, with clipping. `inputs=` computes gradients for
+    no others: the generator's GAN term runs through fake score and head, but must train neither."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     loss.backward(inputs=parameters)
@@ -503,8 +504,8 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
         # As on the web, some captions name a wrong timbre (ours). They pull mu(x, label)
-        # towards mu(x, null). Guidance leads away from it: so it has something to mend. (In Part 6
-        # all labels are right: a wrong one would ask DMD to turn one timbre into another.)
+        # towards mu(x, null). Guidance leads away from there, and so has a use. (In Part 6 all
+        # labels are right: a wrong one would ask DMD to turn one timbre into another.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -527,15 +528,15 @@ def train_teacher(run):
 # Presto! sees a weakness: the variance of a DiT's hidden state grows sharply in the last blocks,
 # and the output layer learnt to read what these write. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
-#   2. The network is told its budget (DiT.budget_table). Near a bin's edge, sigma hardly shows it.
+#   2. The network is told its budget (DiT.budget_table). Where it changes, sigma hardly shows it.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
     The range of the rho-schedule's u is cut into equal bins (ASE cuts time; u is our reading): so
-    the teacher's steps are spread evenly. `fractions` has each bin's share of the depth. The first
-    bin is the cleanest: u falls from 1 to 0, while sigma rises from sigma_min to sigma_max."""
+    each has as many steps of the teacher. `fractions` has each bin's share of the depth. The first
+    bin is the cleanest, with the highest u: from there on, u falls and sigma rises."""
     bins = len(fractions)
-    # 0.999: a level just on an edge belongs to the noisier bin; bucketize takes the cleaner one.
+    # 0.999: students' levels lie on edges. Rounding must not choose their bin: it is the noisier.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -590,11 +591,10 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     A denoiser mu knows the score, the direction in which noised latents become more frequent:
         grad log p(x) = (mu(x) - x) / sigma^2                       (Tweedie's formula)
     So mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real). Descent lowers this ratio (the
-    mean of its log is the KL divergence): it moves x_gen to where real latents are more frequent
-    than generated ones. Both mu are blurs, means of all x0 that fit x: the formula needs just that.
-    But with mu_real alone as the target, x_gen would blur. Both differences in g grow with sigma:
-    without the divisor, high sigma would count most. Only real_score, the target, is guided:
-    fake_score must know x_gen as it is."""
+    mean of its log is the KL divergence): x_gen moves to where real latents are more frequent than
+    generated ones. The formula is about means, so both mu may be blurs; but with mu_real alone as
+    its target, x_gen would blur. Both differences in g grow with sigma: without the divisor, high
+    sigma would count most. Only real_score is guided: fake_score must know x_gen as it is."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
     fake = fake_score(x, sigma, label)  # 4  it also knows sigma_gen: see fake_at
@@ -602,14 +602,14 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """Its gradient on x_gen is g / number of values. Its value, g^2 / 2, is no error to watch."""
+    """Its gradient is g / number of values. Its value is small if scores agree, right or not."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
-    """Ours: c_skip^2 (x_gen - x_real)^2; x_gen answers x_real + sigma * noise. Updates at high
-    input levels also shift the answers at low ones, by a few percent. DMD cannot see so small a
-    shift, but a sampler adds it up. At low noise only one answer is right, x_real: it is held. At
-    high noise many are right, and holding one would blur: c_skip goes to 0 (squared: sooner)."""
+    """Ours: c_skip^2 (x_gen - x_real)^2; x_gen answers x_real + sigma * noise. What is learnt at
+    high input levels also shifts the answers at low ones, by a few percent. The scores err more, so
+    DMD does not mend it, but a sampler adds it up. At low noise only x_real is right, and is held.
+    At high noise many are, and holding one would blur: c_skip is 0 there (squared: sooner)."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.square().reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
@@ -644,9 +644,9 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
     Presto-L, which knows how. The scores keep full depth (our reading): the generator would copy
-    the errors of short ones, which would not even make sampling faster. `tell_level` (ours):
-    fake_score knows the level of the generator's input. Else it sees the answers to all levels
-    mixed: some too quiet, others too loud can look right together, and they drift apart."""
+    the errors of short scores, and would be no faster for it. `tell_level` (ours): fake_score knows
+    the level of the generator's input. Else it sees the answers to all levels mixed. If some become
+    too quiet and others too loud, the mixture still looks right, and nothing stops them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
     short_scores = is_ls and not cfg.full_scores  # then they, too, are Presto-L, with these budgets
@@ -689,16 +689,16 @@ def train_student(run, stage):
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's slopes
     need means; students answer with samples.) No guidance: it was learnt. x: noise of deviation
-    sigmas[0]. Training noised x_real instead of x0 (DMD2 does not: it runs this sampler), because a
-    good x0 resembles it. p_gen is continuous: any number of steps works, but errors add up."""
+    sigmas[0]. In training, x_real stood for x0, as a good x0 resembles it (DMD2 runs this sampler
+    there, too). p_gen is continuous: any number of steps works, but errors add up."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
-        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 is made of the old noise
+        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 depends on the old one
         x0 = denoise(x, sigma, label)  # (batch, channels, frames)
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-# Sampled by sample_multistep. "re-noised" is the undistilled teacher, unguided: a blur.
+# sample_multistep samples these. "re-noised" is the undistilled teacher, unguided: a blur.
 MULTISTEP = ["re-noised", "presto-s", "presto-ls"]
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
@@ -833,7 +833,7 @@ class Run:
                        if theirs[name] != value and name not in may_differ]
             if changed:
                 raise UserError(f"{path} was trained with other settings: {'; '.join(changed)}. "
-                                "Choose another --out, or train again with an earlier --stage")
+                                f"Choose another --out, or train again with --stage {stage}")
             for name, part in state.items():
                 part.load_state_dict(saved["state"][name])
         except (ImportError, UserError):  # the file is sound
@@ -927,7 +927,7 @@ def command_eval(args):
         make = functools.partial(make_clips, name, models[name], vae, steps=steps,
                                  cfg=cfg if w is None else dataclasses.replace(cfg, w=w))
         turns = [(teacher(label=label[:1])[1], make(label=label[:1])[1]) for _ in range(12)]
-        first, own = map(min, zip(*turns))  # in turn, as speed drifts; other programs add time
+        first, own = map(min, zip(*turns))  # in turn: speed drifts; least: others add time
         seed_with(args.seed, "noise")  # the same seed for every row
         waves, seconds = zip(*[make(label=part) for part in label.split(classes)])
         clips[title] = torch.cat(waves)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A small world of tones whose truth is known: the data, the ears and the figures of presto.py.
+"""A small world of tones whose truth is known: the data, the ears and the measures of presto.py.
 
 Text-to-music needs a data set, a text encoder and trained listeners. Here are tones (part 1), an
-ear that measures them (2), names for them (3), figures of quality (4), and a page to show them (5).
+ear that hears them (2), names for them (3), measures of quality (4), and a page to show them (5).
 """
 
 import base64
@@ -182,8 +182,8 @@ def frechet_distance(a, b):
     """Frechet distance of embeddings (n, d), (m, d): |mean gap|^2 + tr(A + B - 2 (AB)^(1/2)).
 
     It compares Gaussians fitted to the sets, over all classes together (Heusel et al. 2017). Real
-    sets of n tones get about 26 / n, so 0.03 for 768. It hardly sees a collapse: only 0.4,
-    if every class repeats one single clip sixteen times. Recall, coverage and spread see it.
+    sets of n tones get about 26 / n, so 0.03 for 768. It hardly sees a collapse, because classes
+    differ more than their clips: if each repeats one, FD is only 0.4. Recall sees it at once.
     """
     cov_a = torch.cov(a.double().T)
     cov_b = torch.cov(b.double().T)
@@ -195,8 +195,8 @@ def mmd(a, b):
     """Squared maximum mean discrepancy of embeddings (n, d), (m, d), times 1000 (Gretton 2012).
 
     The Gaussian kernel is as wide as the median distance within b, the reference: too wide to see
-    variety within a class. The estimate is unbiased for independent clips. Real sets with the same
-    count of each class, as here, are a little below zero: -0.9 for 768 tones.
+    variety within a class. The estimate is unbiased for independent clips. Here both sets have the
+    same count of each class, so real ones get a little less than zero: -0.9 for 768 tones.
     """
     width = torch.pdist(b).median().clamp_min(1e-9)  # above zero even if all clips are silent
     distances = [torch.pdist(a), torch.pdist(b), torch.cdist(a, b)]
@@ -209,6 +209,7 @@ def recall_coverage(fake, real, k=5):
     A point's neighbourhood reaches to the k-th nearest of its own set. Recall: the share of real
     points in a fake point's neighbourhood (Kynkaanniemi et al. 2019). Coverage: the share of real
     points whose neighbourhood holds a fake one (Naeem et al. 2020). Neither sees fakes far off.
+    Of clips repeated more than k times, the k-th nearest is at distance 0: so recall is 0.
     """
     k = min(k, len(fake) - 1, len(real) - 1) + 1  # the nearest point is the point itself
     radius_fake = torch.cdist(fake, fake).kthvalue(k, dim=1).values
