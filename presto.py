@@ -100,7 +100,7 @@ class Config:
     vae_blocks: int = setting("vae", 4, "residual blocks of encoder and decoder each")
     kl_weight: float = setting("vae", 4e-3, "KL: too low, fragile latents; too high, inexact VAE")
     vae_updates: int = setting("vae", 3000, "updates of the VAE")
-    vae_batch: int = setting("vae", 16, "clips per update; many small batches beat few large ones")
+    vae_batch: int = setting("vae", 16, "clips per update; few, so that there are many updates")
     vae_lr: float = setting("vae", 1e-3, "learning rate of the VAE")
     sigma_data: float = setting("vae", 0.5, "standard deviation of the latents (EDM)")
     width: int = setting("teacher", 128, "channels of a token")
@@ -128,7 +128,7 @@ class Config:
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
     parallel: float = setting("presto-s", 0.1, "share of guidance's parallel part (see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
-    u_end: float = setting("presto-s", 0.8, "students end before this u (at 1: sigma_min)")
+    u_end: float = setting("presto-s", 0.8, "where the students' levels end (see student_sigmas)")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
     p_dmd: str = setting("presto-s", "train", "noise under which the scores are compared", NOISE)
     p_dsm: str = setting("presto-s", "train", "noise under which the fake score learns", NOISE)
@@ -255,7 +255,7 @@ def vae_loss(vae, wave, cfg):
 
 # ---- Part 2. DiT: the network, with blocks that can be skipped -----------------------------------
 class Block(nn.Module):
-    """An adaLN-Zero transformer block (DiT, section 3.2). c sets shift, scale and gate of attention
+    """An adaLN-Zero block (DiT, section 3.2). The condition c sets shift, scale, gate of attention
     and MLP. Gates start at zero: a block begins as the identity, and deep stacks train stably."""
     def __init__(self, width, num_heads):
         super().__init__()
@@ -291,9 +291,9 @@ class LevelEmbedding(nn.Module):
 
 class DiT(nn.Module):
     """F_theta, the network in Denoiser (Part 3): (c_in * x, c_noise, label) -> the shape of x.
-    `budget` says how many of the `depth` blocks run. None: all. An int: for the whole batch, and
-    the others are really skipped (sampling). A tensor (batch,): one per sample. Then all blocks are
-    computed, and each sample keeps what its budget allows (training mixes noise levels)."""
+    `budget` says how many of the `depth` blocks run. None: all. An int: for the whole batch; the
+    other blocks are really skipped (sampling). A tensor (batch,): one per sample. Then all blocks
+    are computed, and each sample keeps what its budget allows (training mixes noise levels)."""
     def __init__(self, cfg):
         super().__init__()
         self.depth, self.keep_last, self.tell = cfg.depth, cfg.keep_last, cfg.budget_embedding
@@ -357,14 +357,14 @@ class Denoiser(nn.Module):
 
     def forward(self, x, sigma, label, budget=None, sigma_gen=None, return_features=False):
         sigma = sigma.reshape(-1, 1, 1)  # a scalar broadcasts
-        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)  # 1 to 0
+        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)  # 1 to 0; at sigma 0, D is x
         c_out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()  # 0 to sigma_data
         c_in = 1 / (sigma**2 + self.sigma_data**2).sqrt()  # c_in * x has variance 1
         c_noise = sigma.flatten().log() / 4
         c_gen = None if sigma_gen is None else sigma_gen.log() / 4
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             F_x = self.net(c_in * x, c_noise, label, budget, c_gen, return_features).float()
-        return F_x if return_features else c_skip * x + c_out * F_x  # D: from x to c_out F
+        return F_x if return_features else c_skip * x + c_out * F_x  # at high sigma, F alone
 
 def rho_schedule(u, cfg):
     """EDM's equation 5, made continuous: u in [0, 1] -> sigma, from sigma_max to sigma_min."""
@@ -505,7 +505,7 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
         x_real, label = run.latents.sample_batch(cfg.batch)
         # As on the web, some captions name a wrong timbre (ours). They pull mu(x, label)
         # towards mu(x, null). Guidance leads away from there, and so has a use. (In Part 6 all
-        # labels are right: a wrong one would ask DMD to turn one timbre into another.)
+        # labels are right: a wrong one would ask for another timbre than the input has.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -528,15 +528,15 @@ def train_teacher(run):
 # Presto! sees a weakness: the variance of a DiT's hidden state grows sharply in the last blocks,
 # and the output layer learnt to read what these write. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
-#   2. The network is told its budget (DiT.budget_table). Where it changes, sigma hardly shows it.
+#   2. The network is told its budget (DiT.budget_table): it jumps where sigma hardly changes.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
     The range of the rho-schedule's u is cut into equal bins (ASE cuts time; u is our reading): so
-    each has as many steps of the teacher. `fractions` has each bin's share of the depth. The first
+    each has equally many teacher steps. `fractions` has each bin's share of the depth. The first
     bin is the cleanest, with the highest u: from there on, u falls and sigma rises."""
     bins = len(fractions)
-    # 0.999: students' levels lie on edges. Rounding must not choose their bin: it is the noisier.
+    # Students' levels lie on edges: 0.999, not rounding, puts them into the noisier bin.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -554,7 +554,7 @@ def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM (ASE has it alone) + L_st. L_st's target is the answer of full
     depth: nearly E[x0 | x], because the weights began as the teacher's. x_real, one x0 of many, is
     a noisier target. L_DSM is still needed: it ties the shared weights, and so the full pass, to
-    data. L_st does not train the full pass (our reading): it must not learn from the short one."""
+    data. L_st does not train the full pass (our reading): full must not learn from short."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -592,8 +592,8 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
         grad log p(x) = (mu(x) - x) / sigma^2                       (Tweedie's formula)
     So mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real). Descent lowers this ratio (the
     mean of its log is the KL divergence): x_gen moves to where real latents are more frequent than
-    generated ones. The formula is about means, so both mu may be blurs; but with mu_real alone as
-    its target, x_gen would blur. Both differences in g grow with sigma: without the divisor, high
+    generated ones. The formula is about means, so both mu may be blurs; but x_gen would blur, too,
+    with mu_real alone as its target. Above and below, g grows with sigma: without the divisor, high
     sigma would count most. Only real_score is guided: fake_score must know x_gen as it is."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
@@ -607,9 +607,9 @@ def dmd_loss(x_gen, gradient):
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
     """Ours: c_skip^2 (x_gen - x_real)^2; x_gen answers x_real + sigma * noise. What is learnt at
-    high input levels also shifts the answers at low ones, by a few percent. The scores err more, so
-    DMD does not mend it, but a sampler adds it up. At low noise only x_real is right, and is held.
-    At high noise many are, and holding one would blur: c_skip is 0 there (squared: sooner)."""
+    high input levels also shifts the answers at low ones, by a few percent. The scores' own
+    errors hide this from DMD, but a sampler adds it up. At low noise only x_real is right: it is
+    held. At high noise many are right, and holding one would blur: c_skip goes to 0 (squared)."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.square().reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
@@ -620,7 +620,7 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     It does so at low noise (p_gan = "low", ours): more noise hides most of what is wrong, and the
     head only guesses. nu1 and nu2 have the paper's ratio, but are larger, by trial."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
-    with torch.no_grad():
+    with torch.no_grad():  # g is a direction for x_gen: nothing flows back through the scores
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
     sigma = draw_sigma(cfg.p_gan, len(x_gen), cfg, x_gen.device)  # 7
     features = fake_score(add_noise(x_gen, sigma), sigma, label, return_features=True)
@@ -689,16 +689,16 @@ def train_student(run, stage):
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's slopes
     need means; students answer with samples.) No guidance: it was learnt. x: noise of deviation
-    sigmas[0]. In training, x_real stood for x0, as a good x0 resembles it (DMD2 runs this sampler
-    there, too). p_gen is continuous: any number of steps works, but errors add up."""
+    sigmas[0]. In training, x_real stood for x0, as a good x0 resembles it (DMD2 trains on this
+    sampler's x0). p_gen is continuous: any number of steps works, but errors add up."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
-        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 depends on the old one
+        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # x0 has used the old noise
         x0 = denoise(x, sigma, label)  # (batch, channels, frames)
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-# sample_multistep samples these. "re-noised" is the undistilled teacher, unguided: a blur.
+# These use sample_multistep; "re-noised" with the teacher, undistilled and unguided: a blur.
 MULTISTEP = ["re-noised", "presto-s", "presto-ls"]
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
@@ -906,7 +906,7 @@ def command_sample(args):
 @torch.inference_mode()
 def command_eval(args):
     run = Run(args.run, pick_device(args.device))
-    # The last stage is read first: its settings are those of all. Unfinished ones are left out.
+    # The last stage is read first: the run takes its settings. Unfinished ones are left out.
     stages = [stage for stage in STAGES[:0:-1] if run.is_done(stage)][::-1]
     vae, cfg, world = run.vae, run.cfg, run.cfg.world
     classes, full = len(world.PROMPTS), cfg.teacher_steps
@@ -927,7 +927,7 @@ def command_eval(args):
         make = functools.partial(make_clips, name, models[name], vae, steps=steps,
                                  cfg=cfg if w is None else dataclasses.replace(cfg, w=w))
         turns = [(teacher(label=label[:1])[1], make(label=label[:1])[1]) for _ in range(12)]
-        first, own = map(min, zip(*turns))  # in turn: speed drifts; least: others add time
+        first, own = map(min, zip(*turns))  # in turn: speed drifts; min: programs disturb
         seed_with(args.seed, "noise")  # the same seed for every row
         waves, seconds = zip(*[make(label=part) for part in label.split(classes)])
         clips[title] = torch.cat(waves)

@@ -183,7 +183,7 @@ def frechet_distance(a, b):
 
     It compares Gaussians fitted to the sets, over all classes together (Heusel et al. 2017). Real
     sets of n tones get about 26 / n, so 0.03 for 768. It hardly sees a collapse, because classes
-    differ more than their clips: if each repeats one, FD is only 0.4. Recall sees it at once.
+    differ more than their clips: if each class repeats one clip, FD is 0.4. Recall sees it at once.
     """
     cov_a = torch.cov(a.double().T)
     cov_b = torch.cov(b.double().T)
