@@ -348,7 +348,7 @@ class DiT(nn.Module):
 # A teacher answers with E[x0 | x], the mean of all clean latents that x may come from: it has the
 # least squared error. A generator answers with one of them. (The fake score is told more: Part 6.)
 class Denoiser(nn.Module):
-    """D = c_skip x + c_out F (EDM, equation 7). The input c_in x of F, a DiT, and its target
+    """D = c_skip x + c_out F (EDM, equation 7). F is a DiT. Its input c_in x and its target
     (x0 - c_skip x) / c_out have variance 1 at every sigma. At low noise, c_out cuts F's error."""
     def __init__(self, cfg):
         super().__init__()
@@ -364,7 +364,7 @@ class Denoiser(nn.Module):
         c_gen = None if sigma_gen is None else sigma_gen.log() / 4
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             F_x = self.net(c_in * x, c_noise, label, budget, c_gen, return_features).float()
-        return F_x if return_features else c_skip * x + c_out * F_x  # at high sigma, F alone
+        return F_x if return_features else c_skip * x + c_out * F_x  # high sigma: c_out F
 
 def rho_schedule(u, cfg):
     """EDM's equation 5, made continuous: u in [0, 1] -> sigma, from sigma_max to sigma_min."""
@@ -427,7 +427,7 @@ def sample_heun(denoise, x, sigmas, label):
     for sigma, sigma_next in itertools.pairwise(sigmas):
         d = (x - denoise(x, sigma, label)) / sigma  # the mean noise in x
         x_next = x + (sigma_next - sigma) * d  # Euler's step
-        if sigma_next > 0:  # at 0 there is no second slope: Euler's step is kept
+        if sigma_next > 0:  # else the next line would divide by 0: Euler's step is kept
             d_next = (x_next - denoise(x_next, sigma_next, label)) / sigma_next
             x_next = x + (sigma_next - sigma) * (d + d_next) / 2  # the path bends: mean of both
         x = x_next
@@ -503,8 +503,8 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
-        # As on the web, some captions name a wrong timbre (ours). They pull mu(x, label)
-        # towards mu(x, null). Guidance leads away from there, and so has a use. (In Part 6 all
+        # As on the web, some captions name a wrong timbre (ours): mu(x, label) then mixes timbres,
+        # as mu(x, null) does. Guidance leads away from there, and so has a use. (In Part 6 all
         # labels are right: a wrong one would ask for another timbre than the input has.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
@@ -528,7 +528,7 @@ def train_teacher(run):
 # Presto! sees a weakness: the variance of a DiT's hidden state grows sharply in the last blocks,
 # and the output layer learnt to read what these write. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
-#   2. The network is told its budget (DiT.budget_table): it jumps where sigma hardly changes.
+#   2. The network is told its budget (DiT.budget_table): sigma hardly shows where it jumps.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
@@ -536,7 +536,7 @@ def budget_at(sigma, fractions, cfg):
     each has equally many teacher steps. `fractions` has each bin's share of the depth. The first
     bin is the cleanest, with the highest u: from there on, u falls and sigma rises."""
     bins = len(fractions)
-    # Students' levels lie on edges: 0.999, not rounding, puts them into the noisier bin.
+    # Students' levels lie on edges: 0.999 puts them into the noisier bin despite rounding.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -571,7 +571,8 @@ def train_presto_l(run):
 # ---- Part 6. Presto-S and Presto-LS: fewer steps -------------------------------------------------
 # A teacher's answer to pure noise is a mean, a blur: so it must be called often. Presto-S makes a
 # generator of it, whose one answer is a sample: the distribution of its answers is pulled, mainly
-# by L_DMD, to that of the guided teacher. In Part 6 all drawn labels are right, and none is null.
+# by L_DMD, to that of the guided teacher. In Part 6 all drawn labels are right, and
+# none is null: students are never guided.
 class Discriminator(nn.Module):
     """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It
     gives about two answers per second of audio (paper: 2.8): so it says where a clip is wrong."""
@@ -592,12 +593,12 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
         grad log p(x) = (mu(x) - x) / sigma^2                       (Tweedie's formula)
     So mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real). Descent lowers this ratio (the
     mean of its log is the KL divergence): x_gen moves to where real latents are more frequent than
-    generated ones. The formula is about means, so both mu may be blurs; but x_gen would blur, too,
-    with mu_real alone as its target. Above and below, g grows with sigma: without the divisor, high
+    generated ones. The formula is about means, so both mu may be blurs. But as x_gen's only target,
+    mu_real would blur it. Both differences in g grow with sigma: without the divisor, high
     sigma would count most. Only real_score is guided: fake_score must know x_gen as it is."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
-    fake = fake_score(x, sigma, label)  # 4  it also knows sigma_gen: see fake_at
+    fake = fake_score(x, sigma, label)  # 4  it is told sigma_gen, too: fake_at, below
     size = (x_gen - real).abs().mean((1, 2), keepdim=True).clamp_min(1e-6)  # (batch, 1, 1)
     return (fake - real) / size
 
@@ -607,9 +608,9 @@ def dmd_loss(x_gen, gradient):
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
     """Ours: c_skip^2 (x_gen - x_real)^2; x_gen answers x_real + sigma * noise. What is learnt at
-    high input levels also shifts the answers at low ones, by a few percent. The scores' own
-    errors hide this from DMD, but a sampler adds it up. At low noise only x_real is right: it is
-    held. At high noise many are right, and holding one would blur: c_skip goes to 0 (squared)."""
+    high input levels also shifts the answers at low ones, by a few percent: less than the scores'
+    own errors, so DMD misses it; but a sampler adds it up. At low noise only x_real is right: it is
+    held. At high noise many are right: holding one would blur, and c_skip (squared) is 0."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.square().reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
@@ -649,7 +650,7 @@ def train_student(run, stage):
     too quiet and others too loud, the mixture still looks right, and nothing stops them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
-    short_scores = is_ls and not cfg.full_scores  # then they, too, are Presto-L, with these budgets
+    short_scores = is_ls and not cfg.full_scores  # then both are Presto-L, with fractions_ls
     score_stage, score_fractions = ("presto-l", fractions) if short_scores else ("teacher", None)
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
     fake_net = run.load(score_stage).requires_grad_(True)  # a denoiser already: it catches up soon
@@ -689,16 +690,16 @@ def train_student(run, stage):
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's slopes
     need means; students answer with samples.) No guidance: it was learnt. x: noise of deviation
-    sigmas[0]. In training, x_real stood for x0, as a good x0 resembles it (DMD2 trains on this
+    sigmas[0]. In training, x_real was noised, not x0: a good x0 resembles it (DMD2 trains on this
     sampler's x0). p_gen is continuous: any number of steps works, but errors add up."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
-        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # x0 has used the old noise
+        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # new: x0 depends on the old
         x0 = denoise(x, sigma, label)  # (batch, channels, frames)
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-# These use sample_multistep; "re-noised" with the teacher, undistilled and unguided: a blur.
+# These use sample_multistep. "re-noised" is the unguided teacher, to compare with: a blur.
 MULTISTEP = ["re-noised", "presto-s", "presto-ls"]
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
@@ -926,21 +927,20 @@ def command_eval(args):
         title = f"{name}, {steps} steps" + ("" if w is None else f", w = {w:g}")
         make = functools.partial(make_clips, name, models[name], vae, steps=steps,
                                  cfg=cfg if w is None else dataclasses.replace(cfg, w=w))
-        turns = [(teacher(label=label[:1])[1], make(label=label[:1])[1]) for _ in range(12)]
-        first, own = map(min, zip(*turns))  # in turn: speed drifts; min: programs disturb
         seed_with(args.seed, "noise")  # the same seed for every row
-        waves, seconds = zip(*[make(label=part) for part in label.split(classes)])
-        clips[title] = torch.cat(waves)
-        row = rows[title] = toy_data.score(world, clips[title], label, reference)
-        row["ms"], row["speedup"] = 1000 * own, first / own
-        row["batch_ms"] = 1000 * min(seconds) / classes
+        clips[title] = torch.cat([make(label=part)[0] for part in label.split(classes)])
+        rows[title] = toy_data.score(world, clips[title], label, reference)
+        for column, part, turns in (("alone", label[:1], 12), ("batch", label[:classes], 3)):
+            pairs = [(teacher(label=part)[1], make(label=part)[1]) for _ in range(turns)]
+            first, own = map(min, zip(*pairs))  # in turn, as speed drifts; min, as others run
+            rows[title][column] = first / own
     curves, fractions = {}, {"presto-l": cfg.fractions, "presto-ls": cfg.fractions_ls}
     for stage, sigma in itertools.product(stages, rho_schedule(torch.linspace(0, 0.7, 8), cfg)):
         denoise = with_budget(models[stage], fractions.get(stage), cfg)
         ratio = variance_by_level(denoise, x_real, label.to(run.device), sigma.to(run.device))
         curves.setdefault(stage, []).append((sigma.item(), ratio))
-    note = (f"{len(label)} clips a row, evaluation seed {args.seed}. ms: one clip alone. speed: "
-            f"over the teacher's {full} steps. batch: ms per clip of {classes}. Least of many.")
+    note = (f"{len(label)} clips a row, evaluation seed {args.seed}. alone, batch: how much faster "
+            f"than the teacher's {full} steps, one clip at a time and {classes} at once.")
     text, page = toy_data.report(world, f"Presto! {run.folder}", note, rows, curves, clips)
     write_file(run.folder / "eval.json", json.dumps({"rows": rows, "variance": curves}).encode())
     write_file(run.folder / "report.html", page.encode())

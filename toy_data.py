@@ -20,7 +20,7 @@ import torch
 #   make_batch(count, generator=None, labels=None) -> waves (count, CLIP_SAMPLES), labels (count,)
 # These are optional. Without them, the figures that need them are left out:
 #   listen(wave) -> a dict of finite tensors (batch,): any figures of what is heard
-#   HEARD, a dict from names in `listen` to their units: what `score` compares
+#   HEARD, if there is `listen`: from its names to their units: what `score` compares
 #   is_correct(wave, labels) -> booleans (batch,): does each clip sound as its label says?
 #   describe(wave) -> a list of strings, one for each clip: what is heard, in words
 #   misname(labels) -> wrong labels, on the device of `labels`; without it, all captions are right
@@ -208,7 +208,7 @@ def recall_coverage(fake, real, k=5):
 
     A point's neighbourhood reaches to the k-th nearest of its own set. Recall: the share of real
     points in a fake point's neighbourhood (Kynkaanniemi et al. 2019). Coverage: the share of real
-    points whose neighbourhood holds a fake one (Naeem et al. 2020). Neither sees fakes far off.
+    points whose neighbourhood holds a fake one (Naeem et al. 2020). Neither punishes bad fakes.
     Of clips repeated more than k times, the k-th nearest is at distance 0: so recall is 0.
     """
     k = min(k, len(fake) - 1, len(real) - 1) + 1  # the nearest point is the point itself
@@ -302,7 +302,7 @@ def wav_bytes(wave, sample_rate):
 COLUMNS = {  # figure: (heading, format); others keep six letters, and have two decimals
     "accuracy": ("acc", ".3f"), "recall": ("recall", ".3f"), "coverage": ("cover", ".3f"),
     "fd": ("fd", ".3f"), "loudness": ("loud", ".1f"), "haze": ("haze", ".1f"),
-    "ms": ("ms", ".1f"), "speedup": ("speed", ".1f"), "batch_ms": ("batch", ".2f"),
+    "alone": ("alone", ".1f"), "batch": ("batch", ".1f"),
 }
 
 def table(rows):
@@ -336,7 +336,7 @@ def axis(values, log, start, end):
     step = next(step for step in ROUND if high - low <= 6 * step)
     ticks = [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
     if log:
-        neighbours = zip(ROUND, ROUND[1:], ROUND[2:])  # keeps one beyond each end, too
+        neighbours = zip(ROUND, ROUND[1:], ROUND[2:])  # and one tick beyond each end
         ticks = [tick for before, tick, after in neighbours if before < high and after > low]
     def pixel(value):
         if log and value <= 0:
@@ -435,15 +435,15 @@ def report(world, title, note, rows, variance, clips):
     text = [title, note, "", aligned(lines), "", f"{heading}; students should be at 1:"]
     for model, points in variance.items():
         text.append(f"{model:9}" + "".join(f"  {s:.3g}: {ratio:.2f}" for s, ratio in points))
-    quality = {}  # model: [(ms, fd, steps), ...], from fast to slow, without rows of w = 1
-    for name, row in sorted(rows.items(), key=lambda item: item[1].get("ms", 0)):
+    quality = {model: [] for model in variance}  # of (time, fd, steps), without rows of w = 1
+    for name, row in sorted(rows.items(), key=lambda item: item[1].get("batch", 0)):
         model, *settings = name.split(", ")  # such as "teacher", ["16 steps", "w = 2"]
-        if "ms" in row and settings[1:] != ["w = 1"]:
-            point = (row["ms"], row["fd"], settings[0].split()[0])
-            quality.setdefault(model, []).append(point)
-    pictures = [
-        line_plot(heading, "sigma", "ratio; students should be at 1", variance, log_x=True),
-        line_plot("Quality against time, by steps", "ms per clip", "fd", quality, True, True)]
+        if "batch" in row and settings[1:] != ["w = 1"]:
+            point = (1 / row["batch"], row["fd"], settings[0].split()[0])
+            quality.setdefault(model, []).append(point)  # from slow to fast
+    pictures = [line_plot(heading, "sigma", "ratio; students should be at 1", variance, log_x=True),
+                line_plot("Quality against time, by steps", "time per clip in batches (teacher: 1)",
+                          "fd", quality, log_x=True, log_y=True)]
     groups = {}
     for label in range(0, len(world.PROMPTS), len(world.PROMPTS) // 4 + 1):  # four at most
         groups[world.PROMPTS[label]] = [(name, waves[label]) for name, waves in clips.items()]
