@@ -51,9 +51,9 @@ SYMBOLS (the paper's name, then the name in this file)
     mu_psi          fake_score      a denoiser that learns what the generator makes
     G_phi           generator       the few-step student
     D_psi           head            the discriminator's head, on fake_score's half-way features
-    p_gen to p_GAN  p_gen to p_gan  which noise levels the steps 1, 3, 5 and 7 above have:
-    p(sigma^train)  "train"         those on which the teacher was trained, or
-    p(sigma^inf)    "inf"           inference: the whole range in which students will be called
+    p_gen to p_GAN  p_gen to p_gan  noise levels of the steps 1, 3, 5 and 7; the paper has two kinds:
+    p(sigma^train)  "train"         those on which the teacher was trained
+    p(sigma^inf)    "inf"           of inference: the whole range in which students will be called
 """
 
 import argparse
@@ -119,7 +119,7 @@ class Config:
     sigma_max: float = setting("presto-l", 80.0, "highest noise level (EDM)")
     rho: float = setting("presto-l", 7.0, "small steps at low noise, where errors cost most (EDM)")
     fractions: tuple = setting("presto-l", (1, 1, 0.88, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63, 0.63),
-                               "shares of blocks that run, by bin, from clean to noisy (ASE)")
+                               "shares of blocks that run, from clean to noisy (see budget_at)")
     keep_last: bool = setting("presto-l", True, "shifted dropping: the last block always runs")
     budget_embedding: bool = setting("presto-l", True, "tell the network how many blocks will run")
     self_teacher: float = setting("presto-l", 1.0, "weight of L_st (see layer_loss)")
@@ -247,7 +247,7 @@ def vae_loss(vae, wave, cfg):
     the decoder to bear inexact latents. Without KL, the encoder would shrink this noise to 0."""
     mean, log_std = vae.posterior(wave)
     latents = mean + log_std.exp() * torch.randn_like(mean)  # (batch, channels, frames)
-    output = vae.decode((latents - vae.mean) / vae.scale)  # decode undoes this
+    output = vae.decode((latents - vae.mean) / vae.scale)  # as decode expects
     energy = wave.square().sum(1).clamp_min(SILENCE)  # (batch,)
     error = ((output - wave).square().sum(1) / energy).mean()
     kl = 0.5 * (mean.square() + (2 * log_std).exp() - 2 * log_std - 1).mean()
@@ -467,7 +467,7 @@ def train_vae(run):
         loss, error = vae_loss(vae, wave.to(run.device), cfg)
         optimizer_step(loss, optimizer, lr_at(i, cfg.vae_updates, cfg.vae_lr))
         run.log(loss=loss, SNR=-10 * error.log10())  # signal-to-noise ratio in dB
-    with torch.no_grad():  # measure the scale of the latents
+    with torch.no_grad():  # measure the latents, now that they are final
         waves = [cfg.world.make_batch(64)[0].to(run.device) for _ in range(16)]
         mean = torch.cat([vae.posterior(wave)[0] for wave in waves])  # (1024, channels, frames)
         vae.mean.copy_(mean.mean((0, 2))[:, None])
@@ -528,7 +528,7 @@ def train_teacher(run):
 # Presto! sees a weakness: the variance of a DiT's hidden state grows sharply in the last blocks,
 # and the output layer learnt to read what these write. Presto-L makes three changes:
 #   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
-#   2. The network is told its budget (DiT.budget_table): sigma hardly shows where it jumps.
+#   2. The network is told its budget (DiT.budget_table): sigma hardly shows its jumps.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
@@ -536,7 +536,7 @@ def budget_at(sigma, fractions, cfg):
     each has equally many teacher steps. `fractions` has each bin's share of the depth. The first
     bin is the cleanest, with the highest u: from there on, u falls and sigma rises."""
     bins = len(fractions)
-    # Students' levels lie on edges: 0.999 puts them into the noisier bin despite rounding.
+    # Students' levels lie on edges: 0.999: all fall into the noisier bin, rounded or not.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -553,7 +553,7 @@ def with_budget(model, fractions, cfg):
 def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM (ASE has it alone) + L_st. L_st's target is the answer of full
     depth: nearly E[x0 | x], because the weights began as the teacher's. x_real, one x0 of many, is
-    a noisier target. L_DSM is still needed: it ties the shared weights, and so the full pass, to
+    a noisier target. L_DSM is still needed: it alone ties the weights, which both passes share, to
     data. L_st does not train the full pass (our reading): full must not learn from short."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
@@ -593,8 +593,8 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
         grad log p(x) = (mu(x) - x) / sigma^2                       (Tweedie's formula)
     So mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real). Descent lowers this ratio (the
     mean of its log is the KL divergence): x_gen moves to where real latents are more frequent than
-    generated ones. The formula is about means, so both mu may be blurs. But as x_gen's only target,
-    mu_real would blur it. Both differences in g grow with sigma: without the divisor, high
+    generated ones. Both mu are means, so blurs, as the formula demands. (But a regression of x_gen
+    on mu_real would blur x_gen.) Both differences in g grow with sigma: without the divisor, high
     sigma would count most. Only real_score is guided: fake_score must know x_gen as it is."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
@@ -609,8 +609,8 @@ def dmd_loss(x_gen, gradient):
 def anchor_loss(x_gen, x_real, sigma, cfg):
     """Ours: c_skip^2 (x_gen - x_real)^2; x_gen answers x_real + sigma * noise. What is learnt at
     high input levels also shifts the answers at low ones, by a few percent: less than the scores'
-    own errors, so DMD misses it; but a sampler adds it up. At low noise only x_real is right: it is
-    held. At high noise many are right: holding one would blur, and c_skip (squared) is 0."""
+    own errors, so DMD misses it; but over a sampler's steps it adds up. At low noise only x_real is
+    right: x_gen is held there. At high noise many are: holding would blur, and c_skip^2 is 0."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.square().reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
@@ -690,11 +690,11 @@ def train_student(run, stage):
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's slopes
     need means; students answer with samples.) No guidance: it was learnt. x: noise of deviation
-    sigmas[0]. In training, x_real was noised, not x0: a good x0 resembles it (DMD2 trains on this
+    sigmas[0]. In training, x_real was noised, not x0, as a good x0 resembles it (DMD2 noises this
     sampler's x0). p_gen is continuous: any number of steps works, but errors add up."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
-        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # new: x0 depends on the old
+        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # new noise: x0 knows the old
         x0 = denoise(x, sigma, label)  # (batch, channels, frames)
     return x0
 

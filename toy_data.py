@@ -195,8 +195,8 @@ def mmd(a, b):
     """Squared maximum mean discrepancy of embeddings (n, d), (m, d), times 1000 (Gretton 2012).
 
     The Gaussian kernel is as wide as the median distance within b, the reference: too wide to see
-    variety within a class. The estimate is unbiased for independent clips. Here both sets have the
-    same count of each class, so real ones get a little less than zero: -0.9 for 768 tones.
+    variety within a class. Independent real sets get 0 on average. Here both sets have the same
+    count of each class, so real ones get a little less: -0.9 for 768 tones.
     """
     width = torch.pdist(b).median().clamp_min(1e-9)  # above zero even if all clips are silent
     distances = [torch.pdist(a), torch.pdist(b), torch.cdist(a, b)]
