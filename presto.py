@@ -51,7 +51,7 @@ SYMBOLS (the paper's name, then the name in this file)
     mu_psi          fake_score      a denoiser that learns what the generator makes
     G_phi           generator       the few-step student
     D_psi           head            the discriminator's head, on fake_score's half-way features
-    p_gen to p_GAN  p_gen to p_gan  noise levels of the steps 1, 3, 5 and 7; the paper has two kinds:
+    p_gen to p_GAN  p_gen to p_gan  noise levels of steps 1, 3, 5 and 7; the paper has two kinds:
     p(sigma^train)  "train"         those on which the teacher was trained
     p(sigma^inf)    "inf"           of inference: the whole range in which students will be called
 """
