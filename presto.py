@@ -536,7 +536,7 @@ def budget_at(sigma, fractions, cfg):
     each has equally many teacher steps. `fractions` has each bin's share of the depth. The first
     bin is the cleanest, with the highest u: from there on, u falls and sigma rises."""
     bins = len(fractions)
-    # Students' levels lie on edges: 0.999: all fall into the noisier bin, rounded or not.
+    # Students' levels lie on edges. 0.999: all fall into the noisier bin, rounded or not.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
