@@ -570,12 +570,12 @@ def test_an_interruption_in_every_stage_ends_bit_for_bit_as_none(trained, tmp_pa
     assert same(weights_in(trained), weights_in(tmp_path))
 
 def test_a_run_refuses_other_settings_of_finished_stages_and_takes_those_of_later(folder, capsys):
-    before, files = weights_in(folder, "presto-s"), sorted(folder.iterdir())
-    for options, changed in ((["--nu1", "0.5"], "nu1 (0.3 there, 0.5 here)"),
-                             (["--stage", "presto-s", "--ema", "0.5"], "ema (0.998 there"),
-                             (["--stage", "presto-l", "--seed", "3"], "seed (0 there, 3 here)")):
-        assert presto.main([*TRAIN, str(folder), *options]) == 2
-        assert changed in capsys.readouterr().err and sorted(folder.iterdir()) == files
+    before, had = weights_in(folder, "presto-s"), sorted(folder.iterdir())
+    for options, changed, named in ((["--nu1", "0.5"], "nu1 (0.3 there, 0.5 here)", "presto-s"),
+            (["--stage", "presto-s", "--ema", "0.5"], "ema (0.998 there", "teacher"),
+            (["--stage", "presto-l", "--seed", "3"], "seed (0 there, 3 here)", "vae")):
+        assert presto.main([*TRAIN, str(folder), *options]) == 2 and sorted(folder.iterdir()) == had
+        assert changed in (says := capsys.readouterr().err) and says.endswith(f"--stage {named}\n")
     again = [*TRAIN, str(folder), "--stage", "presto-s", "--until", "presto-s"]
     assert presto.main([*again, "--nu1", "0.5"]) == 0 and not (folder / "presto-ls.pt").exists()
     assert presto.main(again) == 0 and same(weights_in(folder, "presto-s"), before)
