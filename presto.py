@@ -92,7 +92,7 @@ def setting(stage, default, help, choices=None):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All settings. These defaults are the preset `cpu`; PRESETS holds what the others change."""
+    """All settings. Skim them: the code that uses one explains it. Defaults: the preset `cpu`."""
     data: str = setting("vae", "toy_data", "the module that makes the clips (toy_data's contract)")
     stride: int = setting("vae", 512, "samples per latent frame: 16 frames per clip")
     latent_channels: int = setting("vae", 12, "channels of a latent frame")
@@ -536,14 +536,15 @@ def budget_at(sigma, fractions, cfg):
     each has equally many teacher steps. `fractions` has each bin's share of the depth. The first
     bin is the cleanest, with the highest u: from there on, u falls and sigma rises."""
     bins = len(fractions)
-    # Students' levels lie on edges. 0.999: all fall into the noisier bin, rounded or not.
+    # Some levels of the students equal an edge, up to rounding. 0.999: the noisier bin has them.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
     return int(budget) if sigma.ndim == 0 else budget
 
-def with_budget(model, fractions, cfg):
-    """A denoiser that runs only the blocks that its noise level deserves. None: all blocks."""
+def with_budget(model, stage, cfg):
+    """A denoiser that runs as many blocks as `stage` does at this noise level. Most run all."""
+    fractions = {"presto-l": cfg.fractions, "presto-ls": cfg.fractions_ls}.get(stage)
     if fractions is None:
         return model
     def denoise(x, sigma, label, **options):
@@ -571,8 +572,8 @@ def train_presto_l(run):
 # ---- Part 6. Presto-S and Presto-LS: fewer steps -------------------------------------------------
 # A teacher's answer to pure noise is a mean, a blur: so it must be called often. Presto-S makes a
 # generator of it, whose one answer is a sample: the distribution of its answers is pulled, mainly
-# by L_DMD, to that of the guided teacher. In Part 6 all drawn labels are right, and
-# none is null: students are never guided.
+# by L_DMD, to that of the guided teacher. All labels in Part 6 are right, and none is null:
+# students are never guided.
 class Discriminator(nn.Module):
     """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It
     gives about two answers per second of audio (paper: 2.8): so it says where a clip is wrong."""
@@ -593,9 +594,10 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
         grad log p(x) = (mu(x) - x) / sigma^2                       (Tweedie's formula)
     So mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real). Descent lowers this ratio (the
     mean of its log is the KL divergence): x_gen moves to where real latents are more frequent than
-    generated ones. Both mu are means, so blurs, as the formula demands. (But a regression of x_gen
-    on mu_real would blur x_gen.) Both differences in g grow with sigma: without the divisor, high
-    sigma would count most. Only real_score is guided: fake_score must know x_gen as it is."""
+    generated ones. Both mu are blurs, but if the distributions are equal, so are the blurs: g is 0,
+    and x_gen stays sharp. (A regression on mu_real would blur it.) The divisor grows with sigma,
+    as mu_fake - mu_real does: else high sigma would count most. Only real_score is guided:
+    fake_score must know x_gen as it is."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
     fake = fake_score(x, sigma, label)  # 4  it is told sigma_gen, too: fake_at, below
@@ -607,10 +609,10 @@ def dmd_loss(x_gen, gradient):
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
-    """Ours: c_skip^2 (x_gen - x_real)^2; x_gen answers x_real + sigma * noise. What is learnt at
-    high input levels also shifts the answers at low ones, by a few percent: less than the scores'
-    own errors, so DMD misses it; but over a sampler's steps it adds up. At low noise only x_real is
-    right: x_gen is held there. At high noise many are: holding would blur, and c_skip^2 is 0."""
+    """Ours: c_skip^2 (x_gen - x_real)^2; x_gen answers x_real + sigma * noise. As levels share the
+    weights, training at high levels shifts the answers at low ones by a few percent. The scores err
+    by more, so DMD misses it; but over a sampler's steps it adds up. At low noise only x_real is
+    right: it holds x_gen there. At high noise many are: holding would blur, and c_skip^2 is 0."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.square().reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
@@ -649,17 +651,16 @@ def train_student(run, stage):
     the level of the generator's input. Else it sees the answers to all levels mixed. If some become
     too quiet and others too loud, the mixture still looks right, and nothing stops them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
-    fractions = cfg.fractions_ls if is_ls else None  # of the generator's blocks
     short_scores = is_ls and not cfg.full_scores  # then both are Presto-L, with fractions_ls
-    score_stage, score_fractions = ("presto-l", fractions) if short_scores else ("teacher", None)
+    score_stage, score_budget = ("presto-l", stage) if short_scores else ("teacher", "teacher")
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
     fake_net = run.load(score_stage).requires_grad_(True)  # a denoiser already: it catches up soon
     if cfg.tell_level:
         fake_net.net.gen_level = LevelEmbedding(cfg.width).to(run.device)
     head = Discriminator(cfg).to(run.device)
-    generator = with_budget(generator_net, fractions, cfg)
-    real_score = guided(with_budget(run.load(score_stage), score_fractions, cfg), cfg)
-    fake_score = with_budget(fake_net, score_fractions, cfg)
+    generator = with_budget(generator_net, stage, cfg)
+    real_score = guided(with_budget(run.load(score_stage), score_budget, cfg), cfg)
+    fake_score = with_budget(fake_net, score_budget, cfg)
     ema = AveragedModel(generator_net, multi_avg_fn=get_ema_multi_avg_fn(cfg.student_ema))
     # No momentum (ours): old gradients came from an older fake_score.
     optimizer = torch.optim.Adam(generator_net.parameters(), betas=(0.0, 0.999), fused=True)
@@ -707,8 +708,7 @@ def make_clips(name, model, vae, label, steps, cfg):
     drawn on the CPU, so that one seed means nearly the same sound everywhere."""
     start, device = time.perf_counter(), vae.mean.device
     label, noise = label.to(device), torch.randn(len(label), cfg.latent_channels, cfg.frames)
-    fractions = {"presto-l": cfg.fractions, "presto-ls": cfg.fractions_ls}.get(name)
-    denoise = with_budget(model, fractions, cfg)
+    denoise = with_budget(model, name, cfg)
     if name in MULTISTEP:
         sigmas = student_sigmas(steps, cfg).to(device)
         latents = sample_multistep(denoise, sigmas[0] * noise.to(device), sigmas, label)
@@ -787,8 +787,7 @@ class Run:
             steps = 4 if self.stage in MULTISTEP else self.cfg.teacher_steps
             wave, _ = make_clips(self.stage, model, self.vae, label, steps, self.cfg)
             self.shown["accuracy"] = world.is_correct(wave, label).float().mean()
-        shown = {name: f"{value.item():.3f}" for name, value in self.shown.items()}
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix({k: f"{v.item():.3f}" for k, v in self.shown.items()}, refresh=False)
 
     def train(self, stage):
         if stage != "vae":
@@ -827,14 +826,15 @@ class Run:
             if self.cfg is None:
                 self.cfg = Config(**{field.name: theirs[field.name] for field in fields})
                 self.seed = theirs["seed"]
-            later = STAGES[STAGES.index(stage) + 1:]
-            may_differ = [field.name for field in fields if field.metadata["stage"] in later]
-            changed = [f"{name} ({theirs[name]} there, {value} here)"
-                       for name, value in self.facts().items()
-                       if theirs[name] != value and name not in may_differ]
-            if changed:
-                raise UserError(f"{path} was trained with other settings: {'; '.join(changed)}. "
-                                f"Choose another --out, or train again with --stage {stage}")
+            first = {field.name: field.metadata["stage"] for field in fields}  # others: the VAE
+            for again_from in STAGES[:STAGES.index(stage) + 1]:
+                changed = [f"{name} ({theirs[name]} there, {value} here)"
+                           for name, value in self.facts().items()
+                           if theirs[name] != value and first.get(name, "vae") == again_from]
+                if changed:
+                    raise UserError(
+                        f"{path} was trained with other settings: {'; '.join(changed)}. Choose "
+                        f"another --out, or train again with --stage {again_from}")
             for name, part in state.items():
                 part.load_state_dict(saved["state"][name])
         except (ImportError, UserError):  # the file is sound
@@ -934,9 +934,9 @@ def command_eval(args):
             pairs = [(teacher(label=part)[1], make(label=part)[1]) for _ in range(turns)]
             first, own = map(min, zip(*pairs))  # in turn, as speed drifts; min, as others run
             rows[title][column] = first / own
-    curves, fractions = {}, {"presto-l": cfg.fractions, "presto-ls": cfg.fractions_ls}
+    curves = {}
     for stage, sigma in itertools.product(stages, rho_schedule(torch.linspace(0, 0.7, 8), cfg)):
-        denoise = with_budget(models[stage], fractions.get(stage), cfg)
+        denoise = with_budget(models[stage], stage, cfg)
         ratio = variance_by_level(denoise, x_real, label.to(run.device), sigma.to(run.device))
         curves.setdefault(stage, []).append((sigma.item(), ratio))
     note = (f"{len(label)} clips a row, evaluation seed {args.seed}. alone, batch: how much faster "
