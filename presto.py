@@ -32,12 +32,12 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
        p_dmd: much noise leaves only coarse features to compare; little noise leaves details, too.
     4  Two denoisers look at it. real_score, the teacher, knows the real data; fake_score knows what
        the generator makes. Their difference points from generated to real.
-    5  x_gen is noised at a level drawn from p_dsm,
-    6  and fake_score learns to denoise it. If it lags, step 4 judges an older generator.
-    7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan,
-    8  and the lower half of fake_score, with head, learns to tell them apart.
-    In a round, fake_score and head learn five times (1, 2, 5 to 8), then the generator once (1 to
-    4, 7, 8): it follows the difference, and tries to deceive the head, which now sees x_gen alone.
+    5  x_gen is noised, at a level drawn from p_dsm.
+    6  fake_score learns to denoise it. If fake_score lags, step 4 judges an older generator.
+    7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan.
+    8  The lower half of fake_score, with head, learns to tell them apart.
+    In a round, fake_score and head learn five times (1, 2, 5 to 8). Then the generator learns once
+    (1 to 4, 7, 8): to follow the difference of 4, and to deceive the head, which sees x_gen alone.
     Ours, mainly: anchor_loss; fake_score is told the sigma of step 1; the low noise of p_gan.
 
 DMD is distribution matching distillation; DMD2 adds the GAN. DSM, denoising score matching, is a
@@ -51,7 +51,8 @@ SYMBOLS (the paper's name, then the name in this file)
     mu_psi          fake_score      a denoiser that learns what the generator makes
     G_phi           generator       the few-step student
     D_psi           head            the discriminator's head, on fake_score's half-way features
-    p_gen to p_GAN  p_gen to p_gan  noise levels of steps 1, 3, 5 and 7; the paper has two kinds:
+    p_gen, p_DMD,   p_gen, p_dmd,   from where the noise levels of steps 1, 3, 5 and 7 are drawn:
+    p_DSM, p_GAN    p_dsm, p_gan    each has its own choice. In the paper it is one of these two:
     p(sigma^train)  "train"         those on which the teacher was trained
     p(sigma^inf)    "inf"           of inference: the whole range in which students will be called
 """
@@ -86,7 +87,7 @@ class UserError(Exception):
     """Something that the user can put right: one line on stderr, and exit status 2."""
 
 def setting(stage, default, help, choices=None):
-    """A field of Config. `stage` is the first stage that must be trained again if it changes."""
+    """A field of Config. `stage` is the first stage to train again if this setting changes."""
     metadata = {"stage": stage, "help": help, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -100,7 +101,7 @@ class Config:
     vae_blocks: int = setting("vae", 4, "residual blocks of encoder and decoder each")
     kl_weight: float = setting("vae", 4e-3, "KL: too low, fragile latents; too high, inexact VAE")
     vae_updates: int = setting("vae", 3000, "updates of the VAE")
-    vae_batch: int = setting("vae", 16, "clips per update; few, so that there are many updates")
+    vae_batch: int = setting("vae", 16, "clips per update; few: more updates in the same time")
     vae_lr: float = setting("vae", 1e-3, "learning rate of the VAE")
     sigma_data: float = setting("vae", 0.5, "standard deviation of the latents (EDM)")
     width: int = setting("teacher", 128, "channels of a token")
@@ -211,7 +212,7 @@ class VAE(nn.Module):
         self.encoder = nn.Sequential(*[ResidualBlock(w) for _ in range(n)], nn.Linear(w, 2 * c))
         self.decoder = nn.Sequential(nn.Linear(c, w), *[ResidualBlock(w) for _ in range(n)])
         self.join = nn.ConvTranspose1d(w, 1, 2 * s, s, padding=s // 2)  # frames -> waveform
-        # Measured once it is trained: latents get mean 0, std sigma_data. Denoiser relies on that.
+        # train_vae measures these at its end: latents then have mean 0, deviation sigma_data.
         self.register_buffer("mean", torch.zeros(cfg.latent_channels, 1))
         self.register_buffer("scale", torch.ones(cfg.latent_channels, 1))
 
@@ -237,14 +238,14 @@ def stft_distance(output, wave):
         window = torch.hann_window(n, device=wave.device)
         A = torch.stft(output, n, n // 2, window=window, return_complex=True).abs()
         B = torch.stft(wave, n, n // 2, window=window, return_complex=True).abs()
-        energy = B.square().sum((1, 2)).clamp_min(n * SILENCE)  # (batch,)
+        energy = B.square().sum((1, 2)).clamp_min(n * SILENCE)  # (batch,); it grows with n
         total = total + ((A - B).square().sum((1, 2)) / energy).mean() / 2
     return total
 
 def vae_loss(vae, wave, cfg):
     """Relative waveform error + STFT distance + KL to the unit Gaussian. Returns (loss, error).
-    "Relative" to each clip's energy: a quiet clip counts as much as a loud one. The noise teaches
-    the decoder to bear inexact latents. Without KL, the encoder would shrink this noise to 0."""
+    "Relative" to each clip's energy: a quiet clip counts as much as a loud one. Noise on latents
+    teaches the decoder to bear inexact ones. Without KL, the encoder would shrink it to 0."""
     mean, log_std = vae.posterior(wave)
     latents = mean + log_std.exp() * torch.randn_like(mean)  # (batch, channels, frames)
     output = vae.decode((latents - vae.mean) / vae.scale)  # as decode expects
@@ -279,7 +280,7 @@ class Block(nn.Module):
 
 class LevelEmbedding(nn.Module):
     """c_noise = ln(sigma) / 4 (batch,) -> conditioning (batch, width), by Fourier features: an MLP
-    hardly sees small steps of one number. Waves show them: over all levels, 0.4 to 40 periods."""
+    hardly sees small steps of one number. Waves do: over all levels, 0.4 to 40 periods."""
     def __init__(self, width):
         super().__init__()
         self.register_buffer("frequencies", torch.logspace(0, 2, width // 2))
@@ -302,7 +303,7 @@ class DiT(nn.Module):
         self.level = LevelEmbedding(cfg.width)
         self.gen_level = None  # a second LevelEmbedding, which only the fake score gets (Part 6)
         self.label_table = nn.Embedding(cfg.null + 1, cfg.width)  # the last row is the null label
-        # Row cfg.depth stays zero (padding_idx): so budget cfg.depth and None do the same.
+        # Row cfg.depth stays zero (padding_idx): budgets cfg.depth and None are one network.
         self.budget_table = nn.Embedding(cfg.depth + 1, cfg.width, padding_idx=cfg.depth)
         nn.init.zeros_(self.budget_table.weight)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.num_heads) for _ in range(cfg.depth))
@@ -364,7 +365,7 @@ class Denoiser(nn.Module):
         c_gen = None if sigma_gen is None else sigma_gen.log() / 4
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             F_x = self.net(c_in * x, c_noise, label, budget, c_gen, return_features).float()
-        return F_x if return_features else c_skip * x + c_out * F_x  # high sigma: c_out F
+        return F_x if return_features else c_skip * x + c_out * F_x  # at high sigma: c_out F
 
 def rho_schedule(u, cfg):
     """EDM's equation 5, made continuous: u in [0, 1] -> sigma, from sigma_max to sigma_min."""
@@ -377,15 +378,15 @@ def edm_sigmas(steps, cfg):
     return torch.cat([rho_schedule(u, cfg), torch.zeros(1)])
 
 def student_sigmas(steps, cfg):
-    """The students' noise levels (steps,): u in equal steps from 0, below u_end (our reading). For
-    4 steps 80, 24, 5.8, 0.97. They end early: at low sigma, a call changes hardly anything."""
+    """The students' noise levels (steps,): u = 0 and on in equal steps, less than u_end (our
+    reading). 4 steps: 80, 24, 5.8, 0.97. At lower sigma, a call would change hardly anything."""
     return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
-    """Draw noise levels (count,) as p_gen to p_gan say. "discrete": just those of four steps."""
+    """Draw noise levels (count,) from a distribution. "discrete": just those of four steps."""
     if distribution == "train":  # ln sigma is Gaussian (EDM, table 1): extremes teach little
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
-    if distribution == "low":  # (ours) a fifth of it: see generator_loss
+    if distribution == "low":  # (ours) a fifth of such a level: see generator_loss
         return draw_sigma("train", count, cfg, device) / 5
     if distribution == "inf":  # squared (ours): more of high sigma, where all students start
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
@@ -404,8 +405,8 @@ def guided(denoise, cfg):
     """Classifier-free guidance of a denoiser mu: a denoiser again. w = 1: just mu, half the cost.
         mu(x, label) + (w - 1) * d,    d = mu(x, label) - mu(x, null)
     d points to the wanted class. The part of d that is parallel to mu(x, label) only makes a tone
-    louder. It is multiplied by `parallel`: 1 gives the paper's mu(x, null) + w * d. Less (ours) is
-    the projection of adaptive projected guidance (APG, Sadat et al. 2025, arXiv 2410.02416)."""
+    louder. It is multiplied by `parallel`: 1 gives the paper's mu(x, null) + w * d. Less than 1 is
+    ours, from adaptive projected guidance (APG, Sadat et al. 2025, arXiv 2410.02416)."""
     if cfg.w == 1:
         return denoise
     def denoise_guided(x, sigma, label):
@@ -423,7 +424,7 @@ def guided(denoise, cfg):
 @torch.no_grad()
 def sample_heun(denoise, x, sigmas, label):
     """Heun's second-order sampler (EDM, algorithm 1) of teacher and Presto-L: 2 * steps - 1 calls.
-    Its path: dx / dsigma = d. x: noise of deviation sigmas[0] (batch, channels, frames)."""
+    It follows dx / dsigma = d. x: noise of deviation sigmas[0] (batch, channels, frames)."""
     for sigma, sigma_next in itertools.pairwise(sigmas):
         d = (x - denoise(x, sigma, label)) / sigma  # the mean noise in x
         x_next = x + (sigma_next - sigma) * d  # Euler's step
@@ -503,9 +504,10 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
-        # As on the web, some captions name a wrong timbre (ours): mu(x, label) then mixes timbres,
-        # as mu(x, null) does. Guidance leads away from there, and so has a use. (In Part 6 all
-        # labels are right: a wrong one would ask for another timbre than the input has.)
+        # As on the web, some captions name a wrong timbre (ours). So mu(x, label) is mixed with a
+        # little of other timbres, and mu(x, null) with much. Guidance leads away from the others:
+        # it has something to mend. (In Part 6 all labels are right: a wrong one would ask for
+        # another timbre than the input has.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -523,12 +525,12 @@ def train_teacher(run):
     return train_denoiser(run, "teacher", model, teacher_loss, cfg.teacher_updates, cfg.teacher_lr)
 
 # ---- Part 5. Presto-L: fewer layers where there is more noise ------------------------------------
-# ASE (Moon et al. 2024): far from the data, a denoiser only has to say roughly where they are, and
-# few blocks can do that. Near them, details need all. A trained DiT is fine-tuned to exit early.
-# Presto! sees a weakness: the variance of a DiT's hidden state grows sharply in the last blocks,
-# and the output layer learnt to read what these write. Presto-L makes three changes:
-#   1. Shifted dropping: what is dropped lies before the last block (DiT.is_active).
-#   2. The network is told its budget (DiT.budget_table): sigma hardly shows its jumps.
+# ASE (Moon et al. 2024): at high noise, a denoiser only has to say roughly what a clip is, and few
+# blocks can do that. At low noise, details need all. A trained DiT is fine-tuned to exit early.
+# Presto! sees a weakness: the variance of a DiT's hidden state grows sharply in the last blocks.
+# The output layer learnt to read what these write, and ASE drops just these. Three changes:
+#   1. Shifted dropping: the last block always runs. Blocks before it are dropped (DiT.is_active).
+#   2. The network is told its budget (DiT.budget_table), which jumps where sigma hardly changes.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
@@ -536,14 +538,14 @@ def budget_at(sigma, fractions, cfg):
     each has equally many teacher steps. `fractions` has each bin's share of the depth. The first
     bin is the cleanest, with the highest u: from there on, u falls and sigma rises."""
     bins = len(fractions)
-    # Some levels of the students equal an edge, up to rounding. 0.999: the noisier bin has them.
+    # Some levels of students equal an edge, up to rounding. 0.999: so they get the noisier bin.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
     return int(budget) if sigma.ndim == 0 else budget
 
 def with_budget(model, stage, cfg):
-    """A denoiser that runs as many blocks as `stage` does at this noise level. Most run all."""
+    """A denoiser that runs as many blocks as `stage` does at a noise level. Most stages run all."""
     fractions = {"presto-l": cfg.fractions, "presto-ls": cfg.fractions_ls}.get(stage)
     if fractions is None:
         return model
@@ -571,9 +573,8 @@ def train_presto_l(run):
 
 # ---- Part 6. Presto-S and Presto-LS: fewer steps -------------------------------------------------
 # A teacher's answer to pure noise is a mean, a blur: so it must be called often. Presto-S makes a
-# generator of it, whose one answer is a sample: the distribution of its answers is pulled, mainly
-# by L_DMD, to that of the guided teacher. All labels in Part 6 are right, and none is null:
-# students are never guided.
+# generator of it, whose one answer is a sample: L_DMD pulls the distribution of the answers to
+# that of the guided teacher. Labels in Part 6 are right, never null: students are not guided.
 class Discriminator(nn.Module):
     """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It
     gives about two answers per second of audio (paper: 2.8): so it says where a clip is wrong."""
@@ -605,23 +606,25 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """Its gradient is g / number of values. Its value is small if scores agree, right or not."""
+    """Its gradient is g / number of values. Its value is no measure: both scores may be wrong."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
-    """Ours: c_skip^2 (x_gen - x_real)^2; x_gen answers x_real + sigma * noise. As levels share the
-    weights, training at high levels shifts the answers at low ones by a few percent. The scores err
-    by more, so DMD misses it; but over a sampler's steps it adds up. At low noise only x_real is
-    right: it holds x_gen there. At high noise many are: holding would blur, and c_skip^2 is 0."""
+    """Ours: c_skip^2 (x_gen - x_real)^2; x_gen answers x_real + sigma * noise. All levels share the
+    weights: training at high levels also shifts the answers at low ones, by a few percent. DMD does
+    not see this shift, because the scores' own errors are larger; but over a sampler's steps it
+    adds up. At low noise x_real is the only right answer, and x_gen is held to it. At high noise
+    many answers are right. To be held to one of them would blur; but there c_skip^2 is near 0."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.square().reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
-    The head reads fake_score's features (DMD2): the teacher's do not show the generator's faults.
-    It does so at low noise (p_gan = "low", ours): more noise hides most of what is wrong, and the
-    head only guesses. nu1 and nu2 have the paper's ratio, but are larger, by trial."""
+    The head reads features of fake_score (DMD2), which knows x_gen, and which L_GAN trains. Those
+    of the teacher, made for real latents alone, hardly show what is wrong with x_gen. The head
+    judges at low noise (p_gan = "low", ours): more noise hides most of what is wrong, and it could
+    only guess. nu1 and nu2 have the paper's ratio, but are larger, by trial."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():  # g is a direction for x_gen: nothing flows back through the scores
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -647,11 +650,11 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
     Presto-L, which knows how. The scores keep full depth (our reading): the generator would copy
-    the errors of short scores, and would be no faster for it. `tell_level` (ours): fake_score knows
+    the errors of short scores, and be no faster. `tell_level` (ours): fake_score knows
     the level of the generator's input. Else it sees the answers to all levels mixed. If some become
     too quiet and others too loud, the mixture still looks right, and nothing stops them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
-    short_scores = is_ls and not cfg.full_scores  # then both are Presto-L, with fractions_ls
+    short_scores = is_ls and not cfg.full_scores  # both scores are Presto-L, with fractions_ls
     score_stage, score_budget = ("presto-l", stage) if short_scores else ("teacher", "teacher")
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
     fake_net = run.load(score_stage).requires_grad_(True)  # a denoiser already: it catches up soon
@@ -691,11 +694,11 @@ def train_student(run, stage):
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's slopes
     need means; students answer with samples.) No guidance: it was learnt. x: noise of deviation
-    sigmas[0]. In training, x_real was noised, not x0, as a good x0 resembles it (DMD2 noises this
-    sampler's x0). p_gen is continuous: any number of steps works, but errors add up."""
+    sigmas[0]. Here x0 is noised. In training it was x_real: a good x0 is like a real latent. (DMD2
+    trains on this sampler's x0.) p_gen is continuous: any number of steps works; errors add up."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
-        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # new noise: x0 knows the old
+        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 depends on the old
         x0 = denoise(x, sigma, label)  # (batch, channels, frames)
     return x0
 
@@ -749,7 +752,6 @@ class Run:
     def __init__(self, folder, device, cfg=None, seed=0, save_every=60.0):
         self.folder, self.device, self.cfg = pathlib.Path(folder), device, cfg
         self.seed, self.save_every = seed, save_every
-
     @functools.cached_property
     def vae(self):
         return self.load("vae")
@@ -760,11 +762,9 @@ class Run:
         return self.folder / f"{stage}.pt"
     def is_done(self, stage):
         return self.path(stage).exists() and self.read(stage)["update"] == "done"
-
     def facts(self):
         prompts = zlib.crc32(repr(self.cfg.world.PROMPTS).encode())  # tells data sets apart
         return {**dataclasses.asdict(self.cfg), "seed": self.seed, "prompts": prompts}
-
     def loop(self, stage, total, **state):
         start = self.read(stage, **state)["update"] if self.path(stage).exists() else 0
         self.stage, self.total, self.shown, saved = stage, total, {}, time.monotonic()
