@@ -31,13 +31,13 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     3  x_gen is noised again, because denoisers know only noised latents. The level is drawn from
        p_dmd: much noise leaves only coarse features to compare; little noise leaves details, too.
     4  Two denoisers look at it. real_score, the teacher, knows the real data; fake_score knows what
-       the generator makes. Their difference points from generated to real.
+       the generator makes. real - fake points from generated to real.
     5  x_gen is noised, at a level drawn from p_dsm.
     6  fake_score learns to denoise it. If fake_score lags, step 4 judges an older generator.
     7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan.
     8  The lower half of fake_score, with head, learns to tell them apart.
     In a round, fake_score and head learn five times (1, 2, 5 to 8). Then the generator learns once
-    (1 to 4, 7, 8): to follow the difference of 4, and to deceive the head, which sees x_gen alone.
+    (1 to 4, 7, 8): to follow the difference of 4, and to deceive the head, then shown x_gen alone.
     Ours, mainly: anchor_loss; fake_score is told the sigma of step 1; the low noise of p_gan.
 
 DMD is distribution matching distillation; DMD2 adds the GAN. DSM, denoising score matching, is a
@@ -118,7 +118,7 @@ class Config:
     label_dropout: float = setting("teacher", 0.1, "share of null labels, which guidance needs")
     sigma_min: float = setting("presto-l", 0.002, "lowest noise level (EDM)")
     sigma_max: float = setting("presto-l", 80.0, "highest noise level (EDM)")
-    rho: float = setting("presto-l", 7.0, "small steps at low noise, where errors cost most (EDM)")
+    rho: float = setting("presto-l", 7.0, "larger: smaller steps at low noise (EDM)")
     fractions: tuple = setting("presto-l", (1, 1, 0.88, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63, 0.63),
                                "shares of blocks that run, from clean to noisy (see budget_at)")
     keep_last: bool = setting("presto-l", True, "shifted dropping: the last block always runs")
@@ -212,7 +212,7 @@ class VAE(nn.Module):
         self.encoder = nn.Sequential(*[ResidualBlock(w) for _ in range(n)], nn.Linear(w, 2 * c))
         self.decoder = nn.Sequential(nn.Linear(c, w), *[ResidualBlock(w) for _ in range(n)])
         self.join = nn.ConvTranspose1d(w, 1, 2 * s, s, padding=s // 2)  # frames -> waveform
-        # train_vae measures these at its end: latents then have mean 0, deviation sigma_data.
+        # train_vae measures these at its end: latents have mean 0, std sigma_data (for Denoiser).
         self.register_buffer("mean", torch.zeros(cfg.latent_channels, 1))
         self.register_buffer("scale", torch.ones(cfg.latent_channels, 1))
 
@@ -245,7 +245,7 @@ def stft_distance(output, wave):
 def vae_loss(vae, wave, cfg):
     """Relative waveform error + STFT distance + KL to the unit Gaussian. Returns (loss, error).
     "Relative" to each clip's energy: a quiet clip counts as much as a loud one. Noise on latents
-    teaches the decoder to bear inexact ones. Without KL, the encoder would shrink it to 0."""
+    teaches the decoder to bear inexact ones. Without KL, the encoder would shrink that to 0."""
     mean, log_std = vae.posterior(wave)
     latents = mean + log_std.exp() * torch.randn_like(mean)  # (batch, channels, frames)
     output = vae.decode((latents - vae.mean) / vae.scale)  # as decode expects
@@ -303,13 +303,13 @@ class DiT(nn.Module):
         self.level = LevelEmbedding(cfg.width)
         self.gen_level = None  # a second LevelEmbedding, which only the fake score gets (Part 6)
         self.label_table = nn.Embedding(cfg.null + 1, cfg.width)  # the last row is the null label
-        # Row cfg.depth stays zero (padding_idx): budgets cfg.depth and None are one network.
+        # Row cfg.depth stays zero (padding_idx): so budget cfg.depth and None do the same.
         self.budget_table = nn.Embedding(cfg.depth + 1, cfg.width, padding_idx=cfg.depth)
         nn.init.zeros_(self.budget_table.weight)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.num_heads) for _ in range(cfg.depth))
         self.final_norm = nn.LayerNorm(cfg.width, elementwise_affine=False, eps=1e-6)
         self.final_adaln = zero_init(nn.Linear(cfg.width, 2 * cfg.width))
-        self.final_out = zero_init(nn.Linear(cfg.width, cfg.latent_channels))
+        self.final_out = zero_init(nn.Linear(cfg.width, cfg.latent_channels))  # F starts at 0
 
     def is_active(self, index, budget):
         """Whether block `index` runs: a bool if budget is an int, booleans (batch,) if a tensor.
@@ -322,7 +322,7 @@ class DiT(nn.Module):
 
     def forward(self, x, c_noise, label, budget=None, c_gen=None, return_features=False):
         c = self.level(c_noise) + self.label_table(label)  # (batch, width)
-        if self.tell and budget is not None:
+        if self.tell and budget is not None:  # not tell_level: that is gen_level
             c = c + self.budget_table(torch.as_tensor(budget, device=x.device).reshape(-1))
         if self.gen_level is not None:
             c = c + self.gen_level(c_gen)
@@ -379,7 +379,7 @@ def edm_sigmas(steps, cfg):
 
 def student_sigmas(steps, cfg):
     """The students' noise levels (steps,): u = 0 and on in equal steps, less than u_end (our
-    reading). 4 steps: 80, 24, 5.8, 0.97. At lower sigma, a call would change hardly anything."""
+    reading). 4 steps: 80, 24, 5.8, 0.97. Below u_end's 0.085, a call would hardly change x."""
     return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
@@ -388,7 +388,7 @@ def draw_sigma(distribution, count, cfg, device):
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
     if distribution == "low":  # (ours) a fifth of such a level: see generator_loss
         return draw_sigma("train", count, cfg, device) / 5
-    if distribution == "inf":  # squared (ours): more of high sigma, where all students start
+    if distribution == "inf":  # squared (ours): lower u, so higher sigma, where students start
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
@@ -443,7 +443,7 @@ def sample_heun(denoise, x, sigmas, label):
 #     run.log(model, **values)           shows losses, and now and then the model's accuracy
 def lr_at(i, total, lr):
     """The learning rate of update i: a short rise, then flat, then a linear fall over the last
-    60 %. As it falls, the noise of small batches averages out of the weights: cleaner samples."""
+    60 %. As it falls, weights jump less from batch to batch: cleaner samples."""
     return lr * min(1, (i + 1) / (0.025 * total), (total - i) / (0.6 * total))
 
 def optimizer_step(loss, optimizer, lr):
@@ -504,10 +504,10 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
-        # As on the web, some captions name a wrong timbre (ours). So mu(x, label) is mixed with a
-        # little of other timbres, and mu(x, null) with much. Guidance leads away from the others:
-        # it has something to mend. (In Part 6 all labels are right: a wrong one would ask for
-        # another timbre than the input has.)
+        # Ours: as on the web, some captions name a wrong timbre. So mu(x, label) contains a little
+        # of other timbres, an error that guidance can mend: mu(x, null) contains more of them, and
+        # the difference points away from them. (In Part 6 all labels are right: the generator's
+        # input is a noised x_real, and a wrong label would contradict it.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -530,15 +530,15 @@ def train_teacher(run):
 # Presto! sees a weakness: the variance of a DiT's hidden state grows sharply in the last blocks.
 # The output layer learnt to read what these write, and ASE drops just these. Three changes:
 #   1. Shifted dropping: the last block always runs. Blocks before it are dropped (DiT.is_active).
-#   2. The network is told its budget (DiT.budget_table), which jumps where sigma hardly changes.
+#   2. The network is told its budget (DiT.budget_table). Near a bin's edge, sigma hardly tells it.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
     The range of the rho-schedule's u is cut into equal bins (ASE cuts time; u is our reading): so
-    each has equally many teacher steps. `fractions` has each bin's share of the depth. The first
+    each has about as many teacher steps. `fractions` has each bin's share of the depth. The first
     bin is the cleanest, with the highest u: from there on, u falls and sigma rises."""
     bins = len(fractions)
-    # Some levels of students equal an edge, up to rounding. 0.999: so they get the noisier bin.
+    # Some levels of students equal an edge, up to rounding. 0.999: they count as above it.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -574,7 +574,7 @@ def train_presto_l(run):
 # ---- Part 6. Presto-S and Presto-LS: fewer steps -------------------------------------------------
 # A teacher's answer to pure noise is a mean, a blur: so it must be called often. Presto-S makes a
 # generator of it, whose one answer is a sample: L_DMD pulls the distribution of the answers to
-# that of the guided teacher. Labels in Part 6 are right, never null: students are not guided.
+# that of the guided teacher. Labels in Part 6 are right, never null: students get no guidance.
 class Discriminator(nn.Module):
     """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It
     gives about two answers per second of audio (paper: 2.8): so it says where a clip is wrong."""
@@ -621,10 +621,10 @@ def anchor_loss(x_gen, x_real, sigma, cfg):
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
-    The head reads features of fake_score (DMD2), which knows x_gen, and which L_GAN trains. Those
-    of the teacher, made for real latents alone, hardly show what is wrong with x_gen. The head
-    judges at low noise (p_gan = "low", ours): more noise hides most of what is wrong, and it could
-    only guess. nu1 and nu2 have the paper's ratio, but are larger, by trial."""
+    The head reads features of fake_score (DMD2): it knows x_gen, and L_GAN trains its lower half
+    for this. The teacher, trained on real latents alone, would hardly show what is wrong with
+    x_gen. The head judges at low noise (p_gan = "low", ours): more noise hides most of what is
+    wrong, and it could only guess. nu1 and nu2 have the paper's ratio, but are larger, by trial."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():  # g is a direction for x_gen: nothing flows back through the scores
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -649,8 +649,8 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
-    Presto-L, which knows how. The scores keep full depth (our reading): the generator would copy
-    the errors of short scores, and be no faster. `tell_level` (ours): fake_score knows
+    Presto-L, which knows how. Both scores keep full depth (our reading): the errors of short ones
+    would spread to the generator, and only it must be fast. `tell_level` (ours): fake_score knows
     the level of the generator's input. Else it sees the answers to all levels mixed. If some become
     too quiet and others too loud, the mixture still looks right, and nothing stops them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
@@ -692,13 +692,14 @@ def train_student(run, stage):
 
 @torch.no_grad()
 def sample_multistep(denoise, x, sigmas, label):
-    """The students' sampler: denoise to x0, noise that to the next sigma, repeat. (Heun's slopes
-    need means; students answer with samples.) No guidance: it was learnt. x: noise of deviation
-    sigmas[0]. Here x0 is noised. In training it was x_real: a good x0 is like a real latent. (DMD2
-    trains on this sampler's x0.) p_gen is continuous: any number of steps works; errors add up."""
+    """The students' sampler: denoise to x0, noise it to the next sigma, repeat. (Heun's slopes need
+    means, but students answer with samples.) No guidance: students learnt it from real_score. x is
+    noise of deviation sigmas[0]. In training, x_real was noised; here, from the second call on, it
+    is x0. That is allowed, because a good x0 is like a real latent. (DMD2 trains on this sampler's
+    x0 instead.) p_gen is continuous, so any number of steps works. But each call adds its error."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
-        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 depends on the old
+        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # not the old: x0 was made of it
         x0 = denoise(x, sigma, label)  # (batch, channels, frames)
     return x0
 
@@ -811,8 +812,7 @@ class Run:
         write_file(self.path(stage), buffer.getvalue())
 
     def read(self, stage, **state):
-        """Read a checkpoint into the modules and optimizers of `state`; returns its content. It is
-        refused if a setting of this or an earlier stage differs. No code in it is ever run."""
+        """Read a checkpoint into the parts of `state`, if it was made with the same settings."""
         path, fields = self.path(stage), dataclasses.fields(Config)
         again = f"python presto.py train --out {self.folder}"
         if not path.exists():
