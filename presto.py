@@ -36,12 +36,13 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     6  fake_score learns to denoise it. If fake_score lags, step 4 judges an older generator.
     7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan.
     8  The lower half of fake_score, with head, learns to tell them apart.
-    In a round, fake_score and head learn five times (1, 2, 5 to 8). Then the generator learns once
-    (1 to 4, 7, 8): to follow the difference of 4, and to deceive the head, then shown x_gen alone.
-    Ours, mainly: anchor_loss; fake_score is told the sigma of step 1; the low noise of p_gan.
+    In a round, fake_score and head learn five times (1, 2, 5 to 8). Then the generator learns once:
+    it follows the difference of 4 (1 to 4), and tries to deceive the head (7, 8), now shown x_gen
+    alone. Ours are anchor_loss, a fake_score that is told the sigma of 1, a low p_gan, and guidance
+    that is less loud. The paper's: --anchor 0 --tell_level false --p_gan train --parallel 1
 
-DMD is distribution matching distillation; DMD2 adds the GAN. DSM, denoising score matching, is a
-denoiser's usual loss (see dsm_loss). ASE is early exiting: fewer blocks where noise is high.
+DMD: distribution matching distillation; DMD2 adds the GAN. DSM: denoising score matching, the usual
+loss of a denoiser. ASE: adaptive score estimation, that is fewer blocks where noise is high.
 
 SYMBOLS (the paper's name, then the name in this file)
     x_real          x_real          a latent from the VAE, scaled to standard deviation sigma_data
@@ -245,7 +246,7 @@ def stft_distance(output, wave):
 def vae_loss(vae, wave, cfg):
     """Relative waveform error + STFT distance + KL to the unit Gaussian. Returns (loss, error).
     "Relative" to each clip's energy: a quiet clip counts as much as a loud one. Noise on latents
-    teaches the decoder to bear inexact ones. Without KL, the encoder would shrink that to 0."""
+    teaches the decoder to bear inexact ones. Without KL, the encoder would shrink it to 0."""
     mean, log_std = vae.posterior(wave)
     latents = mean + log_std.exp() * torch.randn_like(mean)  # (batch, channels, frames)
     output = vae.decode((latents - vae.mean) / vae.scale)  # as decode expects
@@ -297,7 +298,7 @@ class DiT(nn.Module):
     are computed, and each sample keeps what its budget allows (training mixes noise levels)."""
     def __init__(self, cfg):
         super().__init__()
-        self.depth, self.keep_last, self.tell = cfg.depth, cfg.keep_last, cfg.budget_embedding
+        self.cfg = cfg
         self.inp = nn.Linear(cfg.latent_channels, cfg.width)
         self.position = nn.Parameter(0.02 * torch.randn(cfg.frames, cfg.width))
         self.level = LevelEmbedding(cfg.width)
@@ -316,19 +317,19 @@ class DiT(nn.Module):
         Budget 3 of 8: ASE runs blocks 0, 1, 2; shifted dropping (Part 5) 0, 1, 7 (our reading)."""
         if budget is None:
             return True
-        if self.keep_last:  # the last block, and before it the first ones
-            return (index == self.depth - 1) | (index < budget - 1)
+        if self.cfg.keep_last:  # the last block, and before it the first ones
+            return (index == self.cfg.depth - 1) | (index < budget - 1)
         return index < budget
 
     def forward(self, x, c_noise, label, budget=None, c_gen=None, return_features=False):
         c = self.level(c_noise) + self.label_table(label)  # (batch, width)
-        if self.tell and budget is not None:  # not tell_level: that is gen_level
+        if self.cfg.budget_embedding and budget is not None:
             c = c + self.budget_table(torch.as_tensor(budget, device=x.device).reshape(-1))
         if self.gen_level is not None:
             c = c + self.gen_level(c_gen)
         c = F.silu(c)
         h = self.inp(x.mT) + self.position  # (batch, frames, width)
-        last = self.depth // 2 if return_features else self.depth
+        last = self.cfg.depth // 2 if return_features else self.cfg.depth
         for index, block in enumerate(self.blocks[:last]):
             active = self.is_active(index, budget)
             if torch.is_tensor(active):
@@ -378,8 +379,8 @@ def edm_sigmas(steps, cfg):
     return torch.cat([rho_schedule(u, cfg), torch.zeros(1)])
 
 def student_sigmas(steps, cfg):
-    """The students' noise levels (steps,): u = 0 and on in equal steps, less than u_end (our
-    reading). 4 steps: 80, 24, 5.8, 0.97. Below u_end's 0.085, a call would hardly change x."""
+    """The students' noise levels (steps,): equal steps of u, all below u_end (our reading): for 4
+    u = 0, .2, .4, .6, sigma = 80, 24, 5.8, .97. At u_end, sigma .085, a call would hardly help."""
     return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
@@ -504,8 +505,8 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
-        # Ours: as on the web, some captions name a wrong timbre. So mu(x, label) contains a little
-        # of other timbres, an error that guidance can mend: mu(x, null) contains more of them, and
+        # Ours, so that guidance has an error to mend: as on the web, some captions name a wrong
+        # timbre. So mu(x, label) contains a little of other timbres, mu(x, null) more of them, and
         # the difference points away from them. (In Part 6 all labels are right: the generator's
         # input is a noised x_real, and a wrong label would contradict it.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
@@ -530,7 +531,8 @@ def train_teacher(run):
 # Presto! sees a weakness: the variance of a DiT's hidden state grows sharply in the last blocks.
 # The output layer learnt to read what these write, and ASE drops just these. Three changes:
 #   1. Shifted dropping: the last block always runs. Blocks before it are dropped (DiT.is_active).
-#   2. The network is told its budget (DiT.budget_table). Near a bin's edge, sigma hardly tells it.
+#   2. The network is told its budget (DiT.budget_table). It jumps at some levels. sigma is nearly
+#      the same before and after the jump: so the network could hardly guess it from sigma.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
@@ -538,7 +540,7 @@ def budget_at(sigma, fractions, cfg):
     each has about as many teacher steps. `fractions` has each bin's share of the depth. The first
     bin is the cleanest, with the highest u: from there on, u falls and sigma rises."""
     bins = len(fractions)
-    # Some levels of students equal an edge, up to rounding. 0.999: they count as above it.
+    # Students' levels (u = 0.2, 0.4 ...) lie on edges, up to rounding. 0.999: in the noisier bin.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -556,8 +558,8 @@ def with_budget(model, stage, cfg):
 def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM (ASE has it alone) + L_st. L_st's target is the answer of full
     depth: nearly E[x0 | x], because the weights began as the teacher's. x_real, one x0 of many, is
-    a noisier target. L_DSM is still needed: it alone ties the weights, which both passes share, to
-    data. L_st does not train the full pass (our reading): full must not learn from short."""
+    a noisier target. L_DSM is still needed: both passes share the weights, and it alone ties these
+    to data. L_st does not train the full pass (our reading): full must not learn from short."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -593,12 +595,12 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
         g = (mu_fake(x) - mu_real(x)) / mean|x_gen - mu_real(x)|,   x = x_gen + sigma * noise
     A denoiser mu knows the score, the direction in which noised latents become more frequent:
         grad log p(x) = (mu(x) - x) / sigma^2                       (Tweedie's formula)
-    So mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real). Descent lowers this ratio (the
-    mean of its log is the KL divergence): x_gen moves to where real latents are more frequent than
-    generated ones. Both mu are blurs, but if the distributions are equal, so are the blurs: g is 0,
-    and x_gen stays sharp. (A regression on mu_real would blur it.) The divisor grows with sigma,
-    as mu_fake - mu_real does: else high sigma would count most. Only real_score is guided:
-    fake_score must know x_gen as it is."""
+    Both get the same x; it cancels: mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real).
+    Descent lowers this ratio (the mean of its log is the KL divergence): x_gen moves to where
+    latents of the guided teacher are more frequent than generated ones. Both mu are blurs, but if
+    the distributions are equal, so are the blurs: g is 0, and x_gen stays sharp. (A regression on
+    mu_real would blur it.) The divisor grows with sigma, as mu_fake - mu_real does: else high sigma
+    would count most. Only real_score is guided: if both were, x_gen would learn no guidance."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
     fake = fake_score(x, sigma, label)  # 4  it is told sigma_gen, too: fake_at, below
@@ -610,7 +612,7 @@ def dmd_loss(x_gen, gradient):
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
-    """Ours: c_skip^2 (x_gen - x_real)^2; x_gen answers x_real + sigma * noise. All levels share the
+    """Ours: c_skip^2 (x_gen - x_real)^2. x_real + sigma * noise was the input. All levels share the
     weights: training at high levels also shifts the answers at low ones, by a few percent. DMD does
     not see this shift, because the scores' own errors are larger; but over a sampler's steps it
     adds up. At low noise x_real is the only right answer, and x_gen is held to it. At high noise
@@ -621,10 +623,9 @@ def anchor_loss(x_gen, x_real, sigma, cfg):
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
-    The head reads features of fake_score (DMD2): it knows x_gen, and L_GAN trains its lower half
-    for this. The teacher, trained on real latents alone, would hardly show what is wrong with
-    x_gen. The head judges at low noise (p_gan = "low", ours): more noise hides most of what is
-    wrong, and it could only guess. nu1 and nu2 have the paper's ratio, but are larger, by trial."""
+    The head reads features of fake_score (DMD2), because fake_score knows x_gen. Features of the
+    teacher, learnt from real latents alone, would hardly show what is wrong. It judges at low noise
+    (p_gan = "low", ours): at more, it could only guess. nu1, nu2: the paper's times 30, by trial."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():  # g is a direction for x_gen: nothing flows back through the scores
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -649,10 +650,10 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
-    Presto-L, which knows how. Both scores keep full depth (our reading): the errors of short ones
-    would spread to the generator, and only it must be fast. `tell_level` (ours): fake_score knows
-    the level of the generator's input. Else it sees the answers to all levels mixed. If some become
-    too quiet and others too loud, the mixture still looks right, and nothing stops them."""
+    Presto-L, which knows how. Both scores keep full depth (our reading): short ones would teach the
+    generator their errors, and only it must be fast. `tell_level` (ours): fake_score is told the
+    level of the generator's input. Else it sees the answers to all levels mixed. If some become too
+    quiet and others too loud, the mixture still looks right, and nothing stops them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     short_scores = is_ls and not cfg.full_scores  # both scores are Presto-L, with fractions_ls
     score_stage, score_budget = ("presto-l", stage) if short_scores else ("teacher", "teacher")
@@ -704,7 +705,7 @@ def sample_multistep(denoise, x, sigmas, label):
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-# These use sample_multistep. "re-noised" is the unguided teacher, to compare with: a blur.
+# What uses sample_multistep. "re-noised" is the unguided teacher: what this gives undistilled.
 MULTISTEP = ["re-noised", "presto-s", "presto-ls"]
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
@@ -845,8 +846,7 @@ class Run:
         return saved
 
 TRAIN = {"vae": train_vae, "teacher": train_teacher, "presto-l": train_presto_l,
-         "presto-s": functools.partial(train_student, stage="presto-s"),
-         "presto-ls": functools.partial(train_student, stage="presto-ls")}
+         **{stage: functools.partial(train_student, stage=stage) for stage in STAGES[3:]}}
 def pick_device(name):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -231,7 +231,7 @@ def test_a_block_starts_as_the_identity_and_then_is_dits_with_torchs_own_attenti
 def test_the_network_is_told_positions_labels_noise_levels_and_budgets(model):
     x, c_noise = torch.randn(SHAPE), torch.full((6,), 0.1)
     out, told = model.net(x, c_noise, LABELS), model.net(x, c_noise, LABELS, 3)
-    model.net.tell = False  # as for ASE
+    model.net.cfg = with_(budget_embedding=False)  # as for ASE
     others = (model.net(x, c_noise, LABELS + 1), model.net(x, 2 * c_noise, LABELS),
               model.net(x.flip(-1), c_noise, LABELS).flip(-1))
     assert not any(near(out, other) for other in others)
