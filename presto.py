@@ -38,8 +38,8 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     8  The lower half of fake_score, with head, learns to tell them apart.
     In a round, fake_score and head learn five times (1, 2, 5 to 8). Then the generator learns once:
     it follows the difference of 4 (1 to 4), and tries to deceive the head (7, 8), now shown x_gen
-    alone. Ours are anchor_loss, a fake_score that is told the sigma of 1, a low p_gan, and guidance
-    that is less loud. The paper's: --anchor 0 --tell_level false --p_gan train --parallel 1
+    alone. Ours: anchor_loss; fake_score is also told the sigma of step 1; p_gan is low; guidance
+    makes less loud. The paper's loop: --anchor 0 --tell_level false --p_gan train --parallel 1
 
 DMD: distribution matching distillation; DMD2 adds the GAN. DSM: denoising score matching, the usual
 loss of a denoiser. ASE: adaptive score estimation, that is fewer blocks where noise is high.
@@ -413,7 +413,7 @@ def guided(denoise, cfg):
     def denoise_guided(x, sigma, label):
         sigma = sigma if sigma.ndim == 0 else sigma.repeat(2)
         null = torch.full_like(label, cfg.null)
-        both = denoise(x.repeat(2, 1, 1), sigma, torch.cat([label, null]))
+        both = denoise(x.repeat(2, 1, 1), sigma, torch.cat([label, null]))  # faster than two
         conditional, unconditional = both.chunk(2)  # (batch, channels, frames) each
         difference = conditional - unconditional
         norm2 = conditional.square().sum((1, 2), keepdim=True).clamp_min(1e-9)  # (batch, 1, 1)
@@ -425,7 +425,7 @@ def guided(denoise, cfg):
 @torch.no_grad()
 def sample_heun(denoise, x, sigmas, label):
     """Heun's second-order sampler (EDM, algorithm 1) of teacher and Presto-L: 2 * steps - 1 calls.
-    It follows dx / dsigma = d. x: noise of deviation sigmas[0] (batch, channels, frames)."""
+    dx / dsigma = d, the mean noise. x: noise of deviation sigmas[0] (batch, channels, frames)."""
     for sigma, sigma_next in itertools.pairwise(sigmas):
         d = (x - denoise(x, sigma, label)) / sigma  # the mean noise in x
         x_next = x + (sigma_next - sigma) * d  # Euler's step
@@ -528,19 +528,19 @@ def train_teacher(run):
 # ---- Part 5. Presto-L: fewer layers where there is more noise ------------------------------------
 # ASE (Moon et al. 2024): at high noise, a denoiser only has to say roughly what a clip is, and few
 # blocks can do that. At low noise, details need all. A trained DiT is fine-tuned to exit early.
-# Presto! sees a weakness: the variance of a DiT's hidden state grows sharply in the last blocks.
-# The output layer learnt to read what these write, and ASE drops just these. Three changes:
+# Its weakness, as Presto! sees it: the variance of a DiT's hidden state grows sharply in the last
+# blocks. The output layer learnt to read what these write, and ASE drops them. Presto-L's changes:
 #   1. Shifted dropping: the last block always runs. Blocks before it are dropped (DiT.is_active).
-#   2. The network is told its budget (DiT.budget_table). It jumps at some levels. sigma is nearly
-#      the same before and after the jump: so the network could hardly guess it from sigma.
+#   2. The network is told its budget (DiT.budget_table). The budget jumps at the edges of bins,
+#      where sigma hardly changes: from sigma alone, the network could hardly tell it.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
     The range of the rho-schedule's u is cut into equal bins (ASE cuts time; u is our reading): so
-    each has about as many teacher steps. `fractions` has each bin's share of the depth. The first
+    all have about as many teacher steps. `fractions` has each bin's share of the depth. The first
     bin is the cleanest, with the highest u: from there on, u falls and sigma rises."""
     bins = len(fractions)
-    # Students' levels (u = 0.2, 0.4 ...) lie on edges, up to rounding. 0.999: in the noisier bin.
+    # Students' levels (u = 0.2, 0.4 ...) lie on edges. 0.999 puts them surely in the noisier bin.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -558,8 +558,8 @@ def with_budget(model, stage, cfg):
 def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM (ASE has it alone) + L_st. L_st's target is the answer of full
     depth: nearly E[x0 | x], because the weights began as the teacher's. x_real, one x0 of many, is
-    a noisier target. L_DSM is still needed: both passes share the weights, and it alone ties these
-    to data. L_st does not train the full pass (our reading): full must not learn from short."""
+    a noisier target. L_DSM is still needed: both passes share the weights, and only L_DSM ties
+    these to data. L_st does not train the full pass (our reading): full must not follow short."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -576,7 +576,7 @@ def train_presto_l(run):
 # ---- Part 6. Presto-S and Presto-LS: fewer steps -------------------------------------------------
 # A teacher's answer to pure noise is a mean, a blur: so it must be called often. Presto-S makes a
 # generator of it, whose one answer is a sample: L_DMD pulls the distribution of the answers to
-# that of the guided teacher. Labels in Part 6 are right, never null: students get no guidance.
+# that of the guided teacher. Students get right labels, never null ones: they are not guided.
 class Discriminator(nn.Module):
     """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It
     gives about two answers per second of audio (paper: 2.8): so it says where a clip is wrong."""
@@ -595,7 +595,7 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
         g = (mu_fake(x) - mu_real(x)) / mean|x_gen - mu_real(x)|,   x = x_gen + sigma * noise
     A denoiser mu knows the score, the direction in which noised latents become more frequent:
         grad log p(x) = (mu(x) - x) / sigma^2                       (Tweedie's formula)
-    Both get the same x; it cancels: mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real).
+    Both mu get one x; it cancels: mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real).
     Descent lowers this ratio (the mean of its log is the KL divergence): x_gen moves to where
     latents of the guided teacher are more frequent than generated ones. Both mu are blurs, but if
     the distributions are equal, so are the blurs: g is 0, and x_gen stays sharp. (A regression on
@@ -608,7 +608,7 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """Its gradient is g / number of values. Its value is no measure: both scores may be wrong."""
+    """Its gradient is g / number of values. Its value is no quality: both scores may be wrong."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
@@ -624,8 +624,8 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
     The head reads features of fake_score (DMD2), because fake_score knows x_gen. Features of the
-    teacher, learnt from real latents alone, would hardly show what is wrong. It judges at low noise
-    (p_gan = "low", ours): at more, it could only guess. nu1, nu2: the paper's times 30, by trial."""
+    teacher, learnt from real latents alone, would hardly show what is wrong. The head judges at low
+    noise (p_gan = "low", ours): at more, it could only guess. nu1, nu2: 30 times the paper's."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():  # g is a direction for x_gen: nothing flows back through the scores
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -650,12 +650,12 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
-    Presto-L, which knows how. Both scores keep full depth (our reading): short ones would teach the
-    generator their errors, and only it must be fast. `tell_level` (ours): fake_score is told the
+    Presto-L, which can do that. Scores keep full depth (our reading): short ones would teach the
+    generator their errors, and need not be fast. `tell_level` (ours): fake_score is told the
     level of the generator's input. Else it sees the answers to all levels mixed. If some become too
     quiet and others too loud, the mixture still looks right, and nothing stops them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
-    short_scores = is_ls and not cfg.full_scores  # both scores are Presto-L, with fractions_ls
+    short_scores = is_ls and not cfg.full_scores  # with fractions_ls; else "teacher": full depth
     score_stage, score_budget = ("presto-l", stage) if short_scores else ("teacher", "teacher")
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
     fake_net = run.load(score_stage).requires_grad_(True)  # a denoiser already: it catches up soon
@@ -688,7 +688,7 @@ def train_student(run, stage):
         loss = loss + cfg.anchor * anchor_loss(x_gen, x_real, sigma, cfg)
         optimizer_step(loss, optimizer, lr_at(i, cfg.student_updates, cfg.generator_lr))
         ema.update_parameters(generator_net)
-        run.log(ema.module, loss=loss, fake=loss_fake)  # losses of opponents: watch accuracy
+        run.log(ema.module, loss=loss, fake=loss_fake)  # opponents' losses: watch accuracy
     return ema.module
 
 @torch.no_grad()
@@ -700,12 +700,12 @@ def sample_multistep(denoise, x, sigmas, label):
     x0 instead.) p_gen is continuous, so any number of steps works. But each call adds its error."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
-        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # not the old: x0 was made of it
+        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 was made of the old
         x0 = denoise(x, sigma, label)  # (batch, channels, frames)
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-# What uses sample_multistep. "re-noised" is the unguided teacher: what this gives undistilled.
+# Models for sample_multistep. "re-noised" is the unguided teacher: that sampler, undistilled.
 MULTISTEP = ["re-noised", "presto-s", "presto-ls"]
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
@@ -725,7 +725,7 @@ def make_clips(name, model, vae, label, steps, cfg):
 
 def variance_by_level(denoise, x_real, label, sigma):
     """Ratio of two variances within classes: of the answers to noised x_real, and of x_real itself
-    (batch, channels, frames). At high noise: near 0 if they are means, 1 if they are samples."""
+    (batch, channels, frames). At high noise: near 0 for means, 1 for samples. At low noise: 1."""
     def variance(x):
         return sum(x[label == c].var(0).sum() for c in label.unique())
     answers = denoise(add_noise(x_real, sigma), sigma, label)
