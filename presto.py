@@ -38,8 +38,8 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     8  The lower half of fake_score, with head, learns to tell them apart.
     In a round, fake_score and head learn five times (1, 2, 5 to 8). Then the generator learns once:
     it follows the difference of 4 (1 to 4), and tries to deceive the head (7, 8), now shown x_gen
-    alone. Ours: anchor_loss; fake_score is also told the sigma of step 1; p_gan is low; guidance
-    makes less loud. The paper's loop: --anchor 0 --tell_level false --p_gan train --parallel 1
+    alone. Ours: anchor_loss; fake_score is also told the sigma of step 1; p_gan is "low"; guidance
+    loses its loud part. The paper's: --anchor 0 --tell_level false --p_gan train --parallel 1
 
 DMD: distribution matching distillation; DMD2 adds the GAN. DSM: denoising score matching, the usual
 loss of a denoiser. ASE: adaptive score estimation, that is fewer blocks where noise is high.
@@ -233,7 +233,7 @@ class VAE(nn.Module):
 SILENCE = 1e-2  # the least energy to divide by: the relative error of a silent clip stays finite
 def stft_distance(output, wave):
     """Relative squared distance of magnitude spectra at two resolutions: (batch, time) -> scalar.
-    Magnitudes forgive a phase that is a little off, as ears do. `vae_loss` also compares phases."""
+    Magnitudes forgive a phase that is a little off, as ears do. vae_loss adds an exact error."""
     total = 0.0
     for n in (1024, 256):
         window = torch.hann_window(n, device=wave.device)
@@ -281,7 +281,7 @@ class Block(nn.Module):
 
 class LevelEmbedding(nn.Module):
     """c_noise = ln(sigma) / 4 (batch,) -> conditioning (batch, width), by Fourier features: an MLP
-    hardly sees small steps of one number. Waves do: over all levels, 0.4 to 40 periods."""
+    hardly sees small steps of one number. Waves do: 0.4 to 40 periods over all levels."""
     def __init__(self, width):
         super().__init__()
         self.register_buffer("frequencies", torch.logspace(0, 2, width // 2))
@@ -379,8 +379,8 @@ def edm_sigmas(steps, cfg):
     return torch.cat([rho_schedule(u, cfg), torch.zeros(1)])
 
 def student_sigmas(steps, cfg):
-    """The students' noise levels (steps,): equal steps of u, all below u_end (our reading): for 4
-    u = 0, .2, .4, .6, sigma = 80, 24, 5.8, .97. At u_end, sigma .085, a call would hardly help."""
+    """The students' noise levels (steps,): equal steps of u, all below u_end (our reading). For 4
+    steps, u = 0, .2, .4, .6, sigma = 80, 24, 5.8, .97. At u_end, .085: a call would hardly help."""
     return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
@@ -454,7 +454,7 @@ def optimizer_step(loss, optimizer, lr):
     optimizer.zero_grad(set_to_none=True)
     loss.backward(inputs=parameters)
     norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-    if not math.isfinite(norm):
+    if not math.isfinite(norm):  # stop before the weights are spoilt
         raise FloatingPointError(f"the loss is {loss.item()}, its gradient's norm {norm.item()}")
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -537,7 +537,7 @@ def train_teacher(run):
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
     The range of the rho-schedule's u is cut into equal bins (ASE cuts time; u is our reading): so
-    all have about as many teacher steps. `fractions` has each bin's share of the depth. The first
+    all hold about as many teacher steps. `fractions` has each bin's share of the depth. The first
     bin is the cleanest, with the highest u: from there on, u falls and sigma rises."""
     bins = len(fractions)
     # Students' levels (u = 0.2, 0.4 ...) lie on edges. 0.999 puts them surely in the noisier bin.
@@ -595,11 +595,12 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
         g = (mu_fake(x) - mu_real(x)) / mean|x_gen - mu_real(x)|,   x = x_gen + sigma * noise
     A denoiser mu knows the score, the direction in which noised latents become more frequent:
         grad log p(x) = (mu(x) - x) / sigma^2                       (Tweedie's formula)
-    Both mu get one x; it cancels: mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real).
-    Descent lowers this ratio (the mean of its log is the KL divergence): x_gen moves to where
-    latents of the guided teacher are more frequent than generated ones. Both mu are blurs, but if
-    the distributions are equal, so are the blurs: g is 0, and x_gen stays sharp. (A regression on
-    mu_real would blur it.) The divisor grows with sigma, as mu_fake - mu_real does: else high sigma
+    Both mu get the same x, which cancels (p_real is the distribution of the guided teacher):
+        mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real)
+    Descent moves x_gen to where p_generated / p_real is lower: to what the teacher makes more often
+    than the generator. (The mean of that log is the KL divergence.) Both mu are blurs, but if the
+    distributions are equal, so are the blurs: g is 0, and x_gen stays sharp. (A regression on
+    mu_real would blur it.) mu_fake - mu_real grows with sigma: without the divisor, high sigma
     would count most. Only real_score is guided: if both were, x_gen would learn no guidance."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
@@ -608,7 +609,7 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """Its gradient is g / number of values. Its value is no quality: both scores may be wrong."""
+    """Its gradient is g / number of values. Its value tells no quality: both scores may err."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
@@ -624,8 +625,8 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
     The head reads features of fake_score (DMD2), because fake_score knows x_gen. Features of the
-    teacher, learnt from real latents alone, would hardly show what is wrong. The head judges at low
-    noise (p_gan = "low", ours): at more, it could only guess. nu1, nu2: 30 times the paper's."""
+    teacher, learnt from real latents alone, would hardly show what is wrong. It judges at low noise
+    (p_gan = "low", ours): at more, it could only guess. The paper's nu1 and nu2 do little here."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():  # g is a direction for x_gen: nothing flows back through the scores
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -650,12 +651,12 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
-    Presto-L, which can do that. Scores keep full depth (our reading): short ones would teach the
-    generator their errors, and need not be fast. `tell_level` (ours): fake_score is told the
+    Presto-L, which can do that. Scores keep full depth (our reading): the generator would learn the
+    errors of short ones, and only it must be fast. `tell_level` (ours): fake_score is told the
     level of the generator's input. Else it sees the answers to all levels mixed. If some become too
     quiet and others too loud, the mixture still looks right, and nothing stops them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
-    short_scores = is_ls and not cfg.full_scores  # with fractions_ls; else "teacher": full depth
+    short_scores = is_ls and not cfg.full_scores  # weights of Presto-L, budgets of Presto-LS
     score_stage, score_budget = ("presto-l", stage) if short_scores else ("teacher", "teacher")
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
     fake_net = run.load(score_stage).requires_grad_(True)  # a denoiser already: it catches up soon
@@ -688,16 +689,15 @@ def train_student(run, stage):
         loss = loss + cfg.anchor * anchor_loss(x_gen, x_real, sigma, cfg)
         optimizer_step(loss, optimizer, lr_at(i, cfg.student_updates, cfg.generator_lr))
         ema.update_parameters(generator_net)
-        run.log(ema.module, loss=loss, fake=loss_fake)  # opponents' losses: watch accuracy
+        run.log(ema.module, loss=loss, fake=loss_fake)  # opponents' losses need not fall
     return ema.module
 
 @torch.no_grad()
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise it to the next sigma, repeat. (Heun's slopes need
-    means, but students answer with samples.) No guidance: students learnt it from real_score. x is
-    noise of deviation sigmas[0]. In training, x_real was noised; here, from the second call on, it
-    is x0. That is allowed, because a good x0 is like a real latent. (DMD2 trains on this sampler's
-    x0 instead.) p_gen is continuous, so any number of steps works. But each call adds its error."""
+    means, but students answer with samples.) No guidance: it was learnt. x: noise of deviation
+    sigmas[0]. In training, a noised x_real stood for this noised x0: a good x0 is like a real one.
+    (DMD2 trains on this very x0.) p_gen is continuous: any number of steps works. Errors add."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 was made of the old
@@ -705,7 +705,7 @@ def sample_multistep(denoise, x, sigmas, label):
     return x0
 
 # ---- Part 7. Generating and measuring ------------------------------------------------------------
-# Models for sample_multistep. "re-noised" is the unguided teacher: that sampler, undistilled.
+# Models for sample_multistep. "re-noised" is a baseline: the teacher, unguided, not distilled.
 MULTISTEP = ["re-noised", "presto-s", "presto-ls"]
 @torch.inference_mode()
 def make_clips(name, model, vae, label, steps, cfg):
