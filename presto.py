@@ -37,9 +37,9 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan.
     8  The lower half of fake_score, with head, learns to tell them apart.
     In a round, fake_score and head learn five times (1, 2, 5 to 8). Then the generator learns once:
-    it follows the difference of 4 (1 to 4), and tries to deceive the head (7, 8), now shown x_gen
-    alone. Ours: anchor_loss; fake_score is also told the sigma of step 1; p_gan is "low"; guidance
-    loses its loud part. The paper's: --anchor 0 --tell_level false --p_gan train --parallel 1
+    it follows the difference of 4 (1 to 4), and tries to deceive the head, here shown x_gen alone
+    (7, 8). Ours, mainly: anchor_loss; fake_score is also told the sigma of step 1; p_gan is "low";
+    guidance is less loud. To undo: --anchor 0 --tell_level false --p_gan train --parallel 1
 
 DMD: distribution matching distillation; DMD2 adds the GAN. DSM: denoising score matching, the usual
 loss of a denoiser. ASE: adaptive score estimation, that is fewer blocks where noise is high.
@@ -532,7 +532,7 @@ def train_teacher(run):
 # blocks. The output layer learnt to read what these write, and ASE drops them. Presto-L's changes:
 #   1. Shifted dropping: the last block always runs. Blocks before it are dropped (DiT.is_active).
 #   2. The network is told its budget (DiT.budget_table). The budget jumps at the edges of bins,
-#      where sigma hardly changes: from sigma alone, the network could hardly tell it.
+#      where sigma hardly changes: from sigma alone, the network could hardly guess it.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
@@ -540,7 +540,7 @@ def budget_at(sigma, fractions, cfg):
     all hold about as many teacher steps. `fractions` has each bin's share of the depth. The first
     bin is the cleanest, with the highest u: from there on, u falls and sigma rises."""
     bins = len(fractions)
-    # Students' levels (u = 0.2, 0.4 ...) lie on edges. 0.999 puts them surely in the noisier bin.
+    # Students' levels (u = 0.2, 0.4 ...) lie on edges. Lower edges put them in the noisier bin.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -601,7 +601,7 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     than the generator. (The mean of that log is the KL divergence.) Both mu are blurs, but if the
     distributions are equal, so are the blurs: g is 0, and x_gen stays sharp. (A regression on
     mu_real would blur it.) mu_fake - mu_real grows with sigma: without the divisor, high sigma
-    would count most. Only real_score is guided: if both were, x_gen would learn no guidance."""
+    would count most. Only real_score is guided: it says where to go, fake_score where x_gen is."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
     fake = fake_score(x, sigma, label)  # 4  it is told sigma_gen, too: fake_at, below
@@ -609,7 +609,7 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """Its gradient is g / number of values. Its value tells no quality: both scores may err."""
+    """Its gradient is g / number of values. A small value proves nothing: both scores may err."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
@@ -694,13 +694,13 @@ def train_student(run, stage):
 
 @torch.no_grad()
 def sample_multistep(denoise, x, sigmas, label):
-    """The students' sampler: denoise to x0, noise it to the next sigma, repeat. (Heun's slopes need
-    means, but students answer with samples.) No guidance: it was learnt. x: noise of deviation
-    sigmas[0]. In training, a noised x_real stood for this noised x0: a good x0 is like a real one.
-    (DMD2 trains on this very x0.) p_gen is continuous: any number of steps works. Errors add."""
+    """The students' sampler: denoise to x0, noise x0 to the next sigma, repeat. x: noise with the
+    deviation sigmas[0]. No guidance: it was learnt. (Heun's slopes need means, not samples.)
+    Training noised x_real instead of such an x0: they are alike, if x0 is good. (DMD2 noises x0.)
+    p_gen is continuous: any number of steps works, but each call adds its error."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
-        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 was made of the old
+        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 depends on the old
         x0 = denoise(x, sigma, label)  # (batch, channels, frames)
     return x0
 
