@@ -625,7 +625,7 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
     The head reads features of fake_score (DMD2), because fake_score knows x_gen. Features of the
-    teacher, learnt from real latents alone, would hardly show what is wrong. It judges at low noise
+    teacher, learnt from real latents alone, would show little. The head judges at low noise
     (p_gan = "low", ours): at more, it could only guess. The paper's nu1 and nu2 do little here."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():  # g is a direction for x_gen: nothing flows back through the scores
@@ -813,7 +813,8 @@ class Run:
         write_file(self.path(stage), buffer.getvalue())
 
     def read(self, stage, **state):
-        """Read a checkpoint into the parts of `state`, if it was made with the same settings."""
+        """Read a checkpoint into the parts of `state`; returns its content. It is refused if a
+        setting of this or an earlier stage differs. No code in it is ever run."""
         path, fields = self.path(stage), dataclasses.fields(Config)
         again = f"python presto.py train --out {self.folder}"
         if not path.exists():
@@ -827,15 +828,14 @@ class Run:
             if self.cfg is None:
                 self.cfg = Config(**{field.name: theirs[field.name] for field in fields})
                 self.seed = theirs["seed"]
-            first = {field.name: field.metadata["stage"] for field in fields}  # others: the VAE
-            for again_from in STAGES[:STAGES.index(stage) + 1]:
-                changed = [f"{name} ({theirs[name]} there, {value} here)"
-                           for name, value in self.facts().items()
-                           if theirs[name] != value and first.get(name, "vae") == again_from]
-                if changed:
-                    raise UserError(
-                        f"{path} was trained with other settings: {'; '.join(changed)}. Choose "
-                        f"another --out, or train again with --stage {again_from}")
+            where = {field.name: STAGES.index(field.metadata["stage"]) for field in fields}
+            changed = {f"{name} ({theirs[name]} there, {value} here)": where.get(name, 0)
+                       for name, value in self.facts().items()  # 0: seed and prompts, from the VAE
+                       if theirs[name] != value and where.get(name, 0) <= STAGES.index(stage)}
+            if changed:
+                raise UserError(f"{path} was trained with other settings: {'; '.join(changed)}. "
+                                "Choose another --out, or train again with --stage "
+                                f"{STAGES[min(changed.values())]}")
             for name, part in state.items():
                 part.load_state_dict(saved["state"][name])
         except (ImportError, UserError):  # the file is sound

@@ -56,8 +56,7 @@ def same(a, b):
 def seeded():
     torch.manual_seed(0)
 @torch.no_grad()
-def awake(module):
-    """Give zero-initialised layers random weights, so that nothing is zero by accident."""
+def awake(module):  # random weights for zero-initialised layers: nothing is zero by accident
     for name, parameter in module.named_parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
         if name == "net.budget_table.weight":
@@ -66,8 +65,7 @@ def awake(module):
 @pytest.fixture
 def model():
     return awake(presto.Denoiser(CFG))
-def record(module, calls):
-    """Append the arguments of every later call of `module` to `calls`."""
+def record(module, calls):  # append the arguments of every later call of `module` to `calls`
     def note(module, args, kwargs):
         given = inspect.signature(module.forward).bind(*args, **kwargs)
         given.apply_defaults()
@@ -82,8 +80,7 @@ def toy_latents(count):  # that need no sound: one number, -0.4 or 0.4 by class,
     label = torch.randint(2, (count,))
     level = 0.8 * label - 0.4 + 0.3 * torch.randn(count)
     return level[:, None, None].expand(count, *SHAPE[1:]).clone(), label
-class Bench:
-    """What a training loop asks of a Run, on toy latents, and notes of all that happened."""
+class Bench:  # what a training loop asks of a Run, on toy latents; it notes all that happened
     device = torch.device("cpu")
     def __init__(self, cfg, **models):
         self.cfg, self.models, self.latents = cfg, models, self
@@ -635,7 +632,9 @@ def test_another_data_module_without_pitch_goes_through_all_commands(tmp_path, m
     assert presto.main([*train, "toy_data"]) == 2
     assert "data (bursts there, toy_data here)" in capsys.readouterr().err
     monkeypatch.setattr(sys.modules["bursts"], "PROMPTS", ["one", "two"])
-    assert presto.main(["sample", f"--run={run}"]) == 2 and "--stage vae" in capsys.readouterr()[1]
+    for command in ([*train, "bursts"], ["sample", f"--run={run}"]):
+        assert presto.main(command) == 2 and "prompts (" in (says := capsys.readouterr().err)
+        assert says.endswith("--stage vae\n")  # the first stage that the change spoils
 
 @pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes; run with SLOW=1")
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
@@ -653,6 +652,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
 
 def test_a_full_disk_gets_one_line_and_leaves_the_old_file_and_no_half_of_a_new(tmp_path, capsys):
     presto.write_file(tmp_path / "file", b"old")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
     try:
