@@ -31,15 +31,15 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     3  x_gen is noised again, because denoisers know only noised latents. The level is drawn from
        p_dmd: much noise leaves only coarse features to compare; little noise leaves details, too.
     4  Two denoisers look at it. real_score, the teacher, knows the real data; fake_score knows what
-       the generator makes. real - fake points from generated to real.
+       the generator makes. real_score's answer minus fake_score's: from generated to real.
     5  x_gen is noised, at a level drawn from p_dsm.
     6  fake_score learns to denoise it. If fake_score lags, step 4 judges an older generator.
     7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan.
     8  The lower half of fake_score, with head, learns to tell them apart.
-    In a round, fake_score and head learn five times (1, 2, 5 to 8). Then the generator learns once:
-    it follows the difference of 4 (1 to 4), and tries to deceive the head, here shown x_gen alone
-    (7, 8). Ours, mainly: anchor_loss; fake_score is also told the sigma of step 1; p_gan is "low";
-    guidance is less loud. To undo: --anchor 0 --tell_level false --p_gan train --parallel 1
+    In a round, fake_score and head learn five times (steps 1, 2, 5 to 8). Then the generator learns
+    once. By 1 to 4 it follows the difference; by 7 and 8, with x_gen alone, it tries to deceive the
+    head. Ours, mainly: anchor_loss; tell_level (train_student); p_gan "low" (draw_sigma); and less
+    of `parallel` (guided). To undo: --anchor 0 --tell_level false --p_gan train --parallel 1
 
 DMD: distribution matching distillation; DMD2 adds the GAN. DSM: denoising score matching, the usual
 loss of a denoiser. ASE: adaptive score estimation, that is fewer blocks where noise is high.
@@ -102,7 +102,7 @@ class Config:
     vae_blocks: int = setting("vae", 4, "residual blocks of encoder and decoder each")
     kl_weight: float = setting("vae", 4e-3, "KL: too low, fragile latents; too high, inexact VAE")
     vae_updates: int = setting("vae", 3000, "updates of the VAE")
-    vae_batch: int = setting("vae", 16, "clips per update; few: more updates in the same time")
+    vae_batch: int = setting("vae", 16, "clips per update; few, so that updates are cheap")
     vae_lr: float = setting("vae", 1e-3, "learning rate of the VAE")
     sigma_data: float = setting("vae", 0.5, "standard deviation of the latents (EDM)")
     width: int = setting("teacher", 128, "channels of a token")
@@ -128,7 +128,7 @@ class Config:
     layer_updates: int = setting("presto-l", 800, "updates of Presto-L")
     layer_lr: float = setting("presto-l", 3e-4, "learning rate of Presto-L (ASE: 1e-5)")
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
-    parallel: float = setting("presto-s", 0.1, "share of guidance's parallel part (see guided)")
+    parallel: float = setting("presto-s", 0.1, "kept of the loud part of guidance (see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
     u_end: float = setting("presto-s", 0.8, "where the students' levels end (see student_sigmas)")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
@@ -144,19 +144,19 @@ class Config:
     student_updates: int = setting("presto-s", 900, "updates of the generator")
     anchor: float = setting("presto-s", 120.0, "weight of anchor_loss (ours)")
     generator_lr: float = setting("presto-s", 2e-4, "learning rate of the generator (paper: 5e-7)")
-    fake_lr: float = setting("presto-s", 4e-4, "rate of fake score and head: constant, to keep up")
+    fake_lr: float = setting("presto-s", 4e-4, "rate of fake score and head; it never falls")
     student_ema: float = setting("presto-s", 0.98, "decay of the generator's averaged weights")
     fractions_ls: tuple = setting("presto-ls", (1, 1, 1, 1, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63),
-                                  "like fractions, but milder: few calls must do all (our reading)")
+                                  "like fractions, but milder: a call must do more (our reading)")
     ls_start: str = setting("presto-ls", "presto-l", "generator's start (our reading)", STAGES[2:4])
     full_scores: bool = setting("presto-ls", True, "both scores keep full depth (our reading)")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            low = {"P_mean": -100, "rho": 1, "sigma_data": 0.01}.get(name, int(field.type is int))
+            name, value, is_int = field.name, getattr(self, field.name), field.type is int
+            low = {"P_mean": -100, "rho": 1, "sigma_data": 0.01}.get(name, 1 if is_int else 0)
             high = 1 if name in ("ema", "student_ema", "u_end") else 10**9
-            if field.type in (int, float) and not low <= value <= high:
+            if (is_int or field.type is float) and not low <= value <= high:
                 raise UserError(f"--{name} {value}: must be a number from {low} to {high}")
         if self.width % 4 or self.width % self.num_heads or self.depth < 2:
             raise UserError("--width must be a multiple of 4 and of --num_heads, --depth 2 or more")
@@ -223,7 +223,7 @@ class VAE(nn.Module):
         return mean, log_std.clamp(-10, 3)  # (batch, channels, frames) each
 
     def encode(self, wave):  # (batch, time)
-        mean, _ = self.posterior(wave)  # no noise: it was only to train the decoder
+        mean, _ = self.posterior(wave)  # no noise: it served only to train the decoder
         return (mean - self.mean) / self.scale  # (batch, channels, frames)
 
     def decode(self, latents):  # (batch, channels, frames)
@@ -246,7 +246,7 @@ def stft_distance(output, wave):
 def vae_loss(vae, wave, cfg):
     """Relative waveform error + STFT distance + KL to the unit Gaussian. Returns (loss, error).
     "Relative" to each clip's energy: a quiet clip counts as much as a loud one. Noise on latents
-    teaches the decoder to bear inexact ones. Without KL, the encoder would shrink it to 0."""
+    teaches the decoder to bear inexact latents. Without KL, the encoder would make it 0."""
     mean, log_std = vae.posterior(wave)
     latents = mean + log_std.exp() * torch.randn_like(mean)  # (batch, channels, frames)
     output = vae.decode((latents - vae.mean) / vae.scale)  # as decode expects
@@ -281,7 +281,7 @@ class Block(nn.Module):
 
 class LevelEmbedding(nn.Module):
     """c_noise = ln(sigma) / 4 (batch,) -> conditioning (batch, width), by Fourier features: an MLP
-    hardly sees small steps of one number. Waves do: 0.4 to 40 periods over all levels."""
+    hardly sees small steps of one number. Waves show them: slow ones and fast ones."""
     def __init__(self, width):
         super().__init__()
         self.register_buffer("frequencies", torch.logspace(0, 2, width // 2))
@@ -295,7 +295,7 @@ class DiT(nn.Module):
     """F_theta, the network in Denoiser (Part 3): (c_in * x, c_noise, label) -> the shape of x.
     `budget` says how many of the `depth` blocks run. None: all. An int: for the whole batch; the
     other blocks are really skipped (sampling). A tensor (batch,): one per sample. Then all blocks
-    are computed, and each sample keeps what its budget allows (training mixes noise levels)."""
+    are computed, and each sample keeps what its budget allows (training, which mixes levels)."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -304,7 +304,7 @@ class DiT(nn.Module):
         self.level = LevelEmbedding(cfg.width)
         self.gen_level = None  # a second LevelEmbedding, which only the fake score gets (Part 6)
         self.label_table = nn.Embedding(cfg.null + 1, cfg.width)  # the last row is the null label
-        # Row cfg.depth stays zero (padding_idx): so budget cfg.depth and None do the same.
+        # Row cfg.depth stays zero (padding_idx): a full budget and None are the same network.
         self.budget_table = nn.Embedding(cfg.depth + 1, cfg.width, padding_idx=cfg.depth)
         nn.init.zeros_(self.budget_table.weight)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.num_heads) for _ in range(cfg.depth))
@@ -351,7 +351,7 @@ class DiT(nn.Module):
 # least squared error. A generator answers with one of them. (The fake score is told more: Part 6.)
 class Denoiser(nn.Module):
     """D = c_skip x + c_out F (EDM, equation 7). F is a DiT. Its input c_in x and its target
-    (x0 - c_skip x) / c_out have variance 1 at every sigma. At low noise, c_out cuts F's error."""
+    (x0 - c_skip x) / c_out have variance 1 at every sigma. c_out shrinks F's error at low noise."""
     def __init__(self, cfg):
         super().__init__()
         self.sigma_data = cfg.sigma_data
@@ -380,7 +380,7 @@ def edm_sigmas(steps, cfg):
 
 def student_sigmas(steps, cfg):
     """The students' noise levels (steps,): equal steps of u, all below u_end (our reading). For 4
-    steps, u = 0, .2, .4, .6, sigma = 80, 24, 5.8, .97. At u_end, .085: a call would hardly help."""
+    steps, sigma = 80, 24, 5.8, .97. At u_end, sigma is .085: a call would hardly change x there."""
     return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
@@ -389,7 +389,7 @@ def draw_sigma(distribution, count, cfg, device):
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
     if distribution == "low":  # (ours) a fifth of such a level: see generator_loss
         return draw_sigma("train", count, cfg, device) / 5
-    if distribution == "inf":  # squared (ours): lower u, so higher sigma, where students start
+    if distribution == "inf":  # squared (ours): more often high sigma, where students start
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
@@ -404,10 +404,10 @@ def dsm_loss(denoised, target, sigma, cfg):
 
 def guided(denoise, cfg):
     """Classifier-free guidance of a denoiser mu: a denoiser again. w = 1: just mu, half the cost.
-        mu(x, label) + (w - 1) * d,    d = mu(x, label) - mu(x, null)
-    d points to the wanted class. The part of d that is parallel to mu(x, label) only makes a tone
-    louder. It is multiplied by `parallel`: 1 gives the paper's mu(x, null) + w * d. Less than 1 is
-    ours, from adaptive projected guidance (APG, Sadat et al. 2025, arXiv 2410.02416)."""
+        mu(x, label) + (w - 1) * difference,    difference = mu(x, label) - mu(x, null)
+    It points to the wanted class. Its part that is parallel to mu(x, label) only makes a tone
+    louder, and is multiplied by `parallel`: 1 gives the paper's mu(x, null) + w * difference. Less
+    is ours, from adaptive projected guidance (APG, Sadat et al. 2025, arXiv 2410.02416)."""
     if cfg.w == 1:
         return denoise
     def denoise_guided(x, sigma, label):
@@ -425,7 +425,8 @@ def guided(denoise, cfg):
 @torch.no_grad()
 def sample_heun(denoise, x, sigmas, label):
     """Heun's second-order sampler (EDM, algorithm 1) of teacher and Presto-L: 2 * steps - 1 calls.
-    dx / dsigma = d, the mean noise. x: noise of deviation sigmas[0] (batch, channels, frames)."""
+    dx / dsigma = d, the mean noise. Each step removes a part of it. The less noise is left, the
+    fewer x0 are possible: their mean sharpens to one clip. x: sigmas[0] * noise."""
     for sigma, sigma_next in itertools.pairwise(sigmas):
         d = (x - denoise(x, sigma, label)) / sigma  # the mean noise in x
         x_next = x + (sigma_next - sigma) * d  # Euler's step
@@ -505,10 +506,9 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
-        # Ours, so that guidance has an error to mend: as on the web, some captions name a wrong
-        # timbre. So mu(x, label) contains a little of other timbres, mu(x, null) more of them, and
-        # the difference points away from them. (In Part 6 all labels are right: the generator's
-        # input is a noised x_real, and a wrong label would contradict it.)
+        # Ours, so that guidance has an error to mend: some captions name a wrong timbre, as on the
+        # web. mu(x, label) then contains a little of other timbres, mu(x, null) more: the
+        # difference points away from them. (Not in Part 6: the input would contradict it.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -537,10 +537,10 @@ def train_teacher(run):
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
     The range of the rho-schedule's u is cut into equal bins (ASE cuts time; u is our reading): so
-    all hold about as many teacher steps. `fractions` has each bin's share of the depth. The first
-    bin is the cleanest, with the highest u: from there on, u falls and sigma rises."""
+    the teacher has nearly as many steps in each. `fractions` has each bin's share of the depth. The
+    first bin is the cleanest, with the highest u: from there on, u falls and sigma rises."""
     bins = len(fractions)
-    # Students' levels (u = 0.2, 0.4 ...) lie on edges. Lower edges put them in the noisier bin.
+    # Students' levels lie on edges. A little lower, edges leave them to the noisier bin.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -558,8 +558,8 @@ def with_budget(model, stage, cfg):
 def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM (ASE has it alone) + L_st. L_st's target is the answer of full
     depth: nearly E[x0 | x], because the weights began as the teacher's. x_real, one x0 of many, is
-    a noisier target. L_DSM is still needed: both passes share the weights, and only L_DSM ties
-    these to data. L_st does not train the full pass (our reading): full must not follow short."""
+    a noisier target. L_DSM is still needed: both passes share the weights, and only L_DSM ties them
+    to data. L_st does not train the full pass (our reading): it must not learn from the short."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -578,8 +578,8 @@ def train_presto_l(run):
 # generator of it, whose one answer is a sample: L_DMD pulls the distribution of the answers to
 # that of the guided teacher. Students get right labels, never null ones: they are not guided.
 class Discriminator(nn.Module):
-    """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It
-    gives about two answers per second of audio (paper: 2.8): so it says where a clip is wrong."""
+    """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It gives
+    two answers for a clip, one per half second (paper: 2.8 per second): it says where it errs."""
     def __init__(self, cfg):
         super().__init__()
         w, layers = cfg.width, []
@@ -599,7 +599,7 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
         mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real)
     Descent moves x_gen to where p_generated / p_real is lower: to what the teacher makes more often
     than the generator. (The mean of that log is the KL divergence.) Both mu are blurs, but if the
-    distributions are equal, so are the blurs: g is 0, and x_gen stays sharp. (A regression on
+    distributions are equal, the blurs are, too: g is 0, and x_gen stays sharp. (A regression on
     mu_real would blur it.) mu_fake - mu_real grows with sigma: without the divisor, high sigma
     would count most. Only real_score is guided: it says where to go, fake_score where x_gen is."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
@@ -609,15 +609,15 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """Its gradient is g / number of values. A small value proves nothing: both scores may err."""
+    """Its gradient is g / number of values. A small loss proves nothing: both scores may err."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
-    """Ours: c_skip^2 (x_gen - x_real)^2. x_real + sigma * noise was the input. All levels share the
+    """Ours: c_skip^2 (x_gen - x_real)^2. x_real and sigma are those of step 1. All levels share
     weights: training at high levels also shifts the answers at low ones, by a few percent. DMD does
     not see this shift, because the scores' own errors are larger; but over a sampler's steps it
     adds up. At low noise x_real is the only right answer, and x_gen is held to it. At high noise
-    many answers are right. To be held to one of them would blur; but there c_skip^2 is near 0."""
+    many answers are right. To be held to one would blur; but there c_skip^2 is near 0."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.square().reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
@@ -625,8 +625,8 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
     The head reads features of fake_score (DMD2), because fake_score knows x_gen. Features of the
-    teacher, learnt from real latents alone, would show little. The head judges at low noise
-    (p_gan = "low", ours): at more, it could only guess. The paper's nu1 and nu2 do little here."""
+    teacher, learnt from real latents alone, would show little. The head judges at low noise (p_gan
+    = "low", ours): in more, it could only guess. The paper's nu1 and nu2 do little here."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():  # g is a direction for x_gen: nothing flows back through the scores
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -652,9 +652,9 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
     Presto-L, which can do that. Scores keep full depth (our reading): the generator would learn the
-    errors of short ones, and only it must be fast. `tell_level` (ours): fake_score is told the
-    level of the generator's input. Else it sees the answers to all levels mixed. If some become too
-    quiet and others too loud, the mixture still looks right, and nothing stops them."""
+    errors of short scores, and only it must be fast. `tell_level` (ours): fake_score is told the
+    level of the generator's input. Else it sees the answers to all levels mixed: if those to some
+    become too quiet, and to others too loud, the mixture looks right, and nothing corrects them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     short_scores = is_ls and not cfg.full_scores  # weights of Presto-L, budgets of Presto-LS
     score_stage, score_budget = ("presto-l", stage) if short_scores else ("teacher", "teacher")
@@ -689,15 +689,15 @@ def train_student(run, stage):
         loss = loss + cfg.anchor * anchor_loss(x_gen, x_real, sigma, cfg)
         optimizer_step(loss, optimizer, lr_at(i, cfg.student_updates, cfg.generator_lr))
         ema.update_parameters(generator_net)
-        run.log(ema.module, loss=loss, fake=loss_fake)  # opponents' losses need not fall
+        run.log(ema.module, loss=loss, fake=loss_fake)  # two opponents: neither loss must fall
     return ema.module
 
 @torch.no_grad()
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise x0 to the next sigma, repeat. x: noise with the
-    deviation sigmas[0]. No guidance: it was learnt. (Heun's slopes need means, not samples.)
-    Training noised x_real instead of such an x0: they are alike, if x0 is good. (DMD2 noises x0.)
-    p_gen is continuous: any number of steps works, but each call adds its error."""
+    deviation sigmas[0]. No guidance: it was learnt. (Heun's d would need a mean, not a sample.) In
+    training, x_real was noised, not such an x0: they are alike, if x0 is good. (DMD2 noises x0.)
+    Any number of steps works, as p_gen is continuous, but each call adds its error."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 depends on the old
@@ -725,7 +725,7 @@ def make_clips(name, model, vae, label, steps, cfg):
 
 def variance_by_level(denoise, x_real, label, sigma):
     """Ratio of two variances within classes: of the answers to noised x_real, and of x_real itself
-    (batch, channels, frames). At high noise: near 0 for means, 1 for samples. At low noise: 1."""
+    (batch, channels, frames). In much noise: near 0 if answers are means, near 1 if samples."""
     def variance(x):
         return sum(x[label == c].var(0).sum() for c in label.unique())
     answers = denoise(add_noise(x_real, sigma), sigma, label)
@@ -813,7 +813,7 @@ class Run:
         write_file(self.path(stage), buffer.getvalue())
 
     def read(self, stage, **state):
-        """Read a checkpoint into the parts of `state`; returns its content. It is refused if a
+        """Read a checkpoint into the parts of `state`; returns its content. A file is refused if a
         setting of this or an earlier stage differs. No code in it is ever run."""
         path, fields = self.path(stage), dataclasses.fields(Config)
         again = f"python presto.py train --out {self.folder}"
@@ -830,7 +830,7 @@ class Run:
                 self.seed = theirs["seed"]
             where = {field.name: STAGES.index(field.metadata["stage"]) for field in fields}
             changed = {f"{name} ({theirs[name]} there, {value} here)": where.get(name, 0)
-                       for name, value in self.facts().items()  # 0: seed and prompts, from the VAE
+                       for name, value in self.facts().items()  # 0, the VAE: seed and prompts, too
                        if theirs[name] != value and where.get(name, 0) <= STAGES.index(stage)}
             if changed:
                 raise UserError(f"{path} was trained with other settings: {'; '.join(changed)}. "
@@ -861,7 +861,7 @@ def command_train(args):
     run = Run(args.out, device, Config(**PRESETS[preset] | chosen), args.seed, args.save_every)
     again = STAGES[STAGES.index(args.stage):] if args.stage else []
     for stage in [stage for stage in STAGES if run.path(stage).exists()]:
-        if stage in again:  # they come last: by then, the others were found sound
+        if stage in again:  # these come last, when the earlier ones were found sound
             run.path(stage).unlink()
         else:
             run.read(stage)
@@ -907,14 +907,14 @@ def command_sample(args):
 @torch.inference_mode()
 def command_eval(args):
     run = Run(args.run, pick_device(args.device))
-    # The last stage is read first: the run takes its settings. Unfinished ones are left out.
+    # Last stage first: a run takes its settings from the first file read. Only finished ones count.
     stages = [stage for stage in STAGES[:0:-1] if run.is_done(stage)][::-1]
     vae, cfg, world = run.vae, run.cfg, run.cfg.world
     classes, full = len(world.PROMPTS), cfg.teacher_steps
     label = torch.arange(classes).repeat(max(args.count, 2))  # one clip has no spread
     rng = torch.Generator().manual_seed(args.seed)
     reference = toy_data.Reference(world, world.make_batch(len(label), rng, label)[0], label)
-    real, _ = world.make_batch(len(label), rng, label)  # "real" and "VAE": what models can hope for
+    real, _ = world.make_batch(len(label), rng, label)  # "real" and "VAE": the best to be reached
     x_real = torch.cat([vae.encode(part.to(run.device)) for part in real.split(classes)])
     clips = {"real": real, "VAE": torch.cat([vae.decode(x).cpu() for x in x_real.split(classes)])}
     rows = {title: toy_data.score(world, wave, label, reference) for title, wave in clips.items()}
@@ -932,7 +932,7 @@ def command_eval(args):
         rows[title] = toy_data.score(world, clips[title], label, reference)
         for column, part, turns in (("alone", label[:1], 12), ("batch", label[:classes], 3)):
             pairs = [(teacher(label=part)[1], make(label=part)[1]) for _ in range(turns)]
-            first, own = map(min, zip(*pairs))  # in turn, as speed drifts; min, as others run
+            first, own = map(min, zip(*pairs))  # in turn, for speed drifts; min: others run, too
             rows[title][column] = first / own
     curves = {}
     for stage, sigma in itertools.product(stages, rho_schedule(torch.linspace(0, 0.7, 8), cfg)):
