@@ -31,15 +31,15 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     3  x_gen is noised again, because denoisers know only noised latents. The level is drawn from
        p_dmd: much noise leaves only coarse features to compare; little noise leaves details, too.
     4  Two denoisers look at it. real_score, the teacher, knows the real data; fake_score knows what
-       the generator makes. real_score's answer minus fake_score's: from generated to real.
+       the generator makes. The difference real - fake of their answers leads to real data.
     5  x_gen is noised, at a level drawn from p_dsm.
     6  fake_score learns to denoise it. If fake_score lags, step 4 judges an older generator.
     7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan.
     8  The lower half of fake_score, with head, learns to tell them apart.
     In a round, fake_score and head learn five times (steps 1, 2, 5 to 8). Then the generator learns
     once. By 1 to 4 it follows the difference; by 7 and 8, with x_gen alone, it tries to deceive the
-    head. Ours, mainly: anchor_loss; tell_level (train_student); p_gan "low" (draw_sigma); and less
-    of `parallel` (guided). To undo: --anchor 0 --tell_level false --p_gan train --parallel 1
+    head. Ours, mainly: anchor_loss; tell_level (train_student); p_gan "low" (draw_sigma); and
+    `parallel` (guided). To undo: --anchor 0 --tell_level false --p_gan train --parallel 1
 
 DMD: distribution matching distillation; DMD2 adds the GAN. DSM: denoising score matching, the usual
 loss of a denoiser. ASE: adaptive score estimation, that is fewer blocks where noise is high.
@@ -53,9 +53,9 @@ SYMBOLS (the paper's name, then the name in this file)
     G_phi           generator       the few-step student
     D_psi           head            the discriminator's head, on fake_score's half-way features
     p_gen, p_DMD,   p_gen, p_dmd,   from where the noise levels of steps 1, 3, 5 and 7 are drawn:
-    p_DSM, p_GAN    p_dsm, p_gan    each has its own choice. In the paper it is one of these two:
-    p(sigma^train)  "train"         those on which the teacher was trained
-    p(sigma^inf)    "inf"           of inference: the whole range in which students will be called
+    p_DSM, p_GAN    p_dsm, p_gan    each is set by itself, in the paper to one of the next two
+    p(sigma^train)  "train"         noise levels as in the training of the teacher
+    p(sigma^inf)    "inf"           noise levels of inference: all at which students will be called
 """
 
 import argparse
@@ -128,7 +128,7 @@ class Config:
     layer_updates: int = setting("presto-l", 800, "updates of Presto-L")
     layer_lr: float = setting("presto-l", 3e-4, "learning rate of Presto-L (ASE: 1e-5)")
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
-    parallel: float = setting("presto-s", 0.1, "kept of the loud part of guidance (see guided)")
+    parallel: float = setting("presto-s", 0.1, "share kept of guidance's loud part (see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
     u_end: float = setting("presto-s", 0.8, "where the students' levels end (see student_sigmas)")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
@@ -144,7 +144,7 @@ class Config:
     student_updates: int = setting("presto-s", 900, "updates of the generator")
     anchor: float = setting("presto-s", 120.0, "weight of anchor_loss (ours)")
     generator_lr: float = setting("presto-s", 2e-4, "learning rate of the generator (paper: 5e-7)")
-    fake_lr: float = setting("presto-s", 4e-4, "rate of fake score and head; it never falls")
+    fake_lr: float = setting("presto-s", 4e-4, "rate of fake score and head: constant, to keep up")
     student_ema: float = setting("presto-s", 0.98, "decay of the generator's averaged weights")
     fractions_ls: tuple = setting("presto-ls", (1, 1, 1, 1, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63),
                                   "like fractions, but milder: a call must do more (our reading)")
@@ -223,7 +223,7 @@ class VAE(nn.Module):
         return mean, log_std.clamp(-10, 3)  # (batch, channels, frames) each
 
     def encode(self, wave):  # (batch, time)
-        mean, _ = self.posterior(wave)  # no noise: it served only to train the decoder
+        mean, _ = self.posterior(wave)  # the noise is only to train the decoder
         return (mean - self.mean) / self.scale  # (batch, channels, frames)
 
     def decode(self, latents):  # (batch, channels, frames)
@@ -246,7 +246,7 @@ def stft_distance(output, wave):
 def vae_loss(vae, wave, cfg):
     """Relative waveform error + STFT distance + KL to the unit Gaussian. Returns (loss, error).
     "Relative" to each clip's energy: a quiet clip counts as much as a loud one. Noise on latents
-    teaches the decoder to bear inexact latents. Without KL, the encoder would make it 0."""
+    teaches the decoder to bear inexact latents. Without KL, the encoder would make the noise 0."""
     mean, log_std = vae.posterior(wave)
     latents = mean + log_std.exp() * torch.randn_like(mean)  # (batch, channels, frames)
     output = vae.decode((latents - vae.mean) / vae.scale)  # as decode expects
@@ -385,11 +385,11 @@ def student_sigmas(steps, cfg):
 
 def draw_sigma(distribution, count, cfg, device):
     """Draw noise levels (count,) from a distribution. "discrete": just those of four steps."""
-    if distribution == "train":  # ln sigma is Gaussian (EDM, table 1): extremes teach little
+    if distribution == "train":  # ln sigma is Gaussian (EDM, table 1): few extremes
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
     if distribution == "low":  # (ours) a fifth of such a level: see generator_loss
         return draw_sigma("train", count, cfg, device) / 5
-    if distribution == "inf":  # squared (ours): more often high sigma, where students start
+    if distribution == "inf":  # squared (ours): more low u, that is high sigma
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
@@ -405,9 +405,9 @@ def dsm_loss(denoised, target, sigma, cfg):
 def guided(denoise, cfg):
     """Classifier-free guidance of a denoiser mu: a denoiser again. w = 1: just mu, half the cost.
         mu(x, label) + (w - 1) * difference,    difference = mu(x, label) - mu(x, null)
-    It points to the wanted class. Its part that is parallel to mu(x, label) only makes a tone
-    louder, and is multiplied by `parallel`: 1 gives the paper's mu(x, null) + w * difference. Less
-    is ours, from adaptive projected guidance (APG, Sadat et al. 2025, arXiv 2410.02416)."""
+    This points to the wanted class. Its part that is parallel to mu(x, label) only makes a tone
+    louder, and is multiplied by `parallel`. 1 gives the paper's mu(x, null) + w * difference. Less
+    than 1 is ours, from APG (adaptive projected guidance, Sadat et al. 2025, arXiv 2410.02416)."""
     if cfg.w == 1:
         return denoise
     def denoise_guided(x, sigma, label):
@@ -507,8 +507,9 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
         # Ours, so that guidance has an error to mend: some captions name a wrong timbre, as on the
-        # web. mu(x, label) then contains a little of other timbres, mu(x, null) more: the
-        # difference points away from them. (Not in Part 6: the input would contradict it.)
+        # web. mu(x, label) then contains a little of other timbres, and mu(x, null) more: the
+        # difference points away from them. (Part 6 has right ones: else DMD would turn x_real into
+        # another timbre.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -535,12 +536,11 @@ def train_teacher(run):
 #      where sigma hardly changes: from sigma alone, the network could hardly guess it.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
-    """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
-    The range of the rho-schedule's u is cut into equal bins (ASE cuts time; u is our reading): so
-    the teacher has nearly as many steps in each. `fractions` has each bin's share of the depth. The
-    first bin is the cleanest, with the highest u: from there on, u falls and sigma rises."""
+    """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,). u
+    of the rho-schedule is cut into equal bins (ASE cuts time; u is our reading): each bin gets
+    equally many teacher steps. `fractions`: their shares of the depth, from clean to noisy bins."""
     bins = len(fractions)
-    # Students' levels lie on edges. A little lower, edges leave them to the noisier bin.
+    # Students' levels would lie on edges. The factor 0.999 puts each into the noisier bin.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -559,7 +559,7 @@ def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM (ASE has it alone) + L_st. L_st's target is the answer of full
     depth: nearly E[x0 | x], because the weights began as the teacher's. x_real, one x0 of many, is
     a noisier target. L_DSM is still needed: both passes share the weights, and only L_DSM ties them
-    to data. L_st does not train the full pass (our reading): it must not learn from the short."""
+    to data. L_st does not train the full pass (our reading): it must not copy the short one."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -574,9 +574,9 @@ def train_presto_l(run):
     return train_denoiser(run, "presto-l", model, layer_loss, cfg.layer_updates, cfg.layer_lr)
 
 # ---- Part 6. Presto-S and Presto-LS: fewer steps -------------------------------------------------
-# A teacher's answer to pure noise is a mean, a blur: so it must be called often. Presto-S makes a
-# generator of it, whose one answer is a sample: L_DMD pulls the distribution of the answers to
-# that of the guided teacher. Students get right labels, never null ones: they are not guided.
+# A teacher's answer to pure noise is a mean, a blur: so it must be called often. Presto-S makes it
+# a generator, whose one answer is a sample: L_DMD pulls the distribution of the answers to that
+# of the guided teacher. Students get right labels, never null ones: they are not guided.
 class Discriminator(nn.Module):
     """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It gives
     two answers for a clip, one per half second (paper: 2.8 per second): it says where it errs."""
@@ -598,18 +598,18 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     Both mu get the same x, which cancels (p_real is the distribution of the guided teacher):
         mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real)
     Descent moves x_gen to where p_generated / p_real is lower: to what the teacher makes more often
-    than the generator. (The mean of that log is the KL divergence.) Both mu are blurs, but if the
-    distributions are equal, the blurs are, too: g is 0, and x_gen stays sharp. (A regression on
+    than the generator. (The mean log ratio is the KL divergence.) Both mu are blurs, but if the
+    distributions are equal, the blurs are equal: g is 0, and x_gen stays sharp. (A regression on
     mu_real would blur it.) mu_fake - mu_real grows with sigma: without the divisor, high sigma
     would count most. Only real_score is guided: it says where to go, fake_score where x_gen is."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
-    fake = fake_score(x, sigma, label)  # 4  it is told sigma_gen, too: fake_at, below
+    fake = fake_score(x, sigma, label)  # 4  (fake_at has set sigma_gen)
     size = (x_gen - real).abs().mean((1, 2), keepdim=True).clamp_min(1e-6)  # (batch, 1, 1)
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """Its gradient is g / number of values. A small loss proves nothing: both scores may err."""
+    """Its gradient is g / number of values. A small loss proves little: scores may err alike."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
@@ -617,7 +617,7 @@ def anchor_loss(x_gen, x_real, sigma, cfg):
     weights: training at high levels also shifts the answers at low ones, by a few percent. DMD does
     not see this shift, because the scores' own errors are larger; but over a sampler's steps it
     adds up. At low noise x_real is the only right answer, and x_gen is held to it. At high noise
-    many answers are right. To be held to one would blur; but there c_skip^2 is near 0."""
+    many are right: held to one of them, x_gen would blur; but there c_skip^2 is near 0."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.square().reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
@@ -626,7 +626,7 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
     The head reads features of fake_score (DMD2), because fake_score knows x_gen. Features of the
     teacher, learnt from real latents alone, would show little. The head judges at low noise (p_gan
-    = "low", ours): in more, it could only guess. The paper's nu1 and nu2 do little here."""
+    = "low", ours): in much, it could only guess. The paper's nu1 and nu2 do little here."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():  # g is a direction for x_gen: nothing flows back through the scores
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -689,18 +689,18 @@ def train_student(run, stage):
         loss = loss + cfg.anchor * anchor_loss(x_gen, x_real, sigma, cfg)
         optimizer_step(loss, optimizer, lr_at(i, cfg.student_updates, cfg.generator_lr))
         ema.update_parameters(generator_net)
-        run.log(ema.module, loss=loss, fake=loss_fake)  # two opponents: neither loss must fall
+        run.log(ema.module, loss=loss, fake=loss_fake)  # two opponents: neither loss need fall
     return ema.module
 
 @torch.no_grad()
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise x0 to the next sigma, repeat. x: noise with the
-    deviation sigmas[0]. No guidance: it was learnt. (Heun's d would need a mean, not a sample.) In
-    training, x_real was noised, not such an x0: they are alike, if x0 is good. (DMD2 noises x0.)
+    deviation sigmas[0]. Guidance was learnt. (Heun's d would need a mean, not a sample.) Training
+    noised x_real; here, x0 is noised: the same, if x0 is good. (DMD2 trains on such an x0.)
     Any number of steps works, as p_gen is continuous, but each call adds its error."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
-        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 depends on the old
+        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 depends on the old noise
         x0 = denoise(x, sigma, label)  # (batch, channels, frames)
     return x0
 
@@ -724,8 +724,8 @@ def make_clips(name, model, vae, label, steps, cfg):
     return wave, time.perf_counter() - start
 
 def variance_by_level(denoise, x_real, label, sigma):
-    """Ratio of two variances within classes: of the answers to noised x_real, and of x_real itself
-    (batch, channels, frames). In much noise: near 0 if answers are means, near 1 if samples."""
+    """Variance of the answers to noised x_real, over that of x_real (batch, channels, frames), each
+    within classes. In much noise: near 0 if answers are means, near 1 if samples."""
     def variance(x):
         return sum(x[label == c].var(0).sum() for c in label.unique())
     answers = denoise(add_noise(x_real, sigma), sigma, label)
@@ -830,7 +830,7 @@ class Run:
                 self.seed = theirs["seed"]
             where = {field.name: STAGES.index(field.metadata["stage"]) for field in fields}
             changed = {f"{name} ({theirs[name]} there, {value} here)": where.get(name, 0)
-                       for name, value in self.facts().items()  # 0, the VAE: seed and prompts, too
+                       for name, value in self.facts().items()  # seed, prompts: 0, the VAE
                        if theirs[name] != value and where.get(name, 0) <= STAGES.index(stage)}
             if changed:
                 raise UserError(f"{path} was trained with other settings: {'; '.join(changed)}. "
@@ -861,7 +861,7 @@ def command_train(args):
     run = Run(args.out, device, Config(**PRESETS[preset] | chosen), args.seed, args.save_every)
     again = STAGES[STAGES.index(args.stage):] if args.stage else []
     for stage in [stage for stage in STAGES if run.path(stage).exists()]:
-        if stage in again:  # these come last, when the earlier ones were found sound
+        if stage in again:  # later files: by now, the earlier ones were read
             run.path(stage).unlink()
         else:
             run.read(stage)
@@ -907,7 +907,7 @@ def command_sample(args):
 @torch.inference_mode()
 def command_eval(args):
     run = Run(args.run, pick_device(args.device))
-    # Last stage first: a run takes its settings from the first file read. Only finished ones count.
+    # Last stage first: its file has the newest settings, and the first file read sets run.cfg.
     stages = [stage for stage in STAGES[:0:-1] if run.is_done(stage)][::-1]
     vae, cfg, world = run.vae, run.cfg, run.cfg.world
     classes, full = len(world.PROMPTS), cfg.teacher_steps
@@ -932,7 +932,7 @@ def command_eval(args):
         rows[title] = toy_data.score(world, clips[title], label, reference)
         for column, part, turns in (("alone", label[:1], 12), ("batch", label[:classes], 3)):
             pairs = [(teacher(label=part)[1], make(label=part)[1]) for _ in range(turns)]
-            first, own = map(min, zip(*pairs))  # in turn, for speed drifts; min: others run, too
+            first, own = map(min, zip(*pairs))  # in turn, for speed drifts; min: other programs run
             rows[title][column] = first / own
     curves = {}
     for stage, sigma in itertools.product(stages, rho_schedule(torch.linspace(0, 0.7, 8), cfg)):
