@@ -53,9 +53,9 @@ SYMBOLS (the paper's name, then the name in this file)
     G_phi           generator       the few-step student
     D_psi           head            the discriminator's head, on fake_score's half-way features
     p_gen, p_DMD,   p_gen, p_dmd,   from where the noise levels of steps 1, 3, 5 and 7 are drawn:
-    p_DSM, p_GAN    p_dsm, p_gan    each is set by itself, in the paper to one of the next two
+    p_DSM, p_GAN    p_dsm, p_gan    each is set by itself, in the paper to "train" or "inf":
     p(sigma^train)  "train"         noise levels as in the training of the teacher
-    p(sigma^inf)    "inf"           noise levels of inference: all at which students will be called
+    p(sigma^inf)    "inf"           noise levels of inference: all at which a student may be called
 """
 
 import argparse
@@ -128,7 +128,7 @@ class Config:
     layer_updates: int = setting("presto-l", 800, "updates of Presto-L")
     layer_lr: float = setting("presto-l", 3e-4, "learning rate of Presto-L (ASE: 1e-5)")
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
-    parallel: float = setting("presto-s", 0.1, "share kept of guidance's loud part (see guided)")
+    parallel: float = setting("presto-s", 0.1, "share of guidance's part along mu (see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
     u_end: float = setting("presto-s", 0.8, "where the students' levels end (see student_sigmas)")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
@@ -223,7 +223,7 @@ class VAE(nn.Module):
         return mean, log_std.clamp(-10, 3)  # (batch, channels, frames) each
 
     def encode(self, wave):  # (batch, time)
-        mean, _ = self.posterior(wave)  # the noise is only to train the decoder
+        mean, _ = self.posterior(wave)  # without noise, which is only to train the decoder
         return (mean - self.mean) / self.scale  # (batch, channels, frames)
 
     def decode(self, latents):  # (batch, channels, frames)
@@ -239,7 +239,7 @@ def stft_distance(output, wave):
         window = torch.hann_window(n, device=wave.device)
         A = torch.stft(output, n, n // 2, window=window, return_complex=True).abs()
         B = torch.stft(wave, n, n // 2, window=window, return_complex=True).abs()
-        energy = B.square().sum((1, 2)).clamp_min(n * SILENCE)  # (batch,); it grows with n
+        energy = B.square().sum((1, 2)).clamp_min(n * SILENCE)  # (batch,); energy grows with n
         total = total + ((A - B).square().sum((1, 2)) / energy).mean() / 2
     return total
 
@@ -405,7 +405,7 @@ def dsm_loss(denoised, target, sigma, cfg):
 def guided(denoise, cfg):
     """Classifier-free guidance of a denoiser mu: a denoiser again. w = 1: just mu, half the cost.
         mu(x, label) + (w - 1) * difference,    difference = mu(x, label) - mu(x, null)
-    This points to the wanted class. Its part that is parallel to mu(x, label) only makes a tone
+    It points to the wanted class. The part of it that is parallel to mu(x, label) only makes a tone
     louder, and is multiplied by `parallel`. 1 gives the paper's mu(x, null) + w * difference. Less
     than 1 is ours, from APG (adaptive projected guidance, Sadat et al. 2025, arXiv 2410.02416)."""
     if cfg.w == 1:
@@ -425,7 +425,7 @@ def guided(denoise, cfg):
 @torch.no_grad()
 def sample_heun(denoise, x, sigmas, label):
     """Heun's second-order sampler (EDM, algorithm 1) of teacher and Presto-L: 2 * steps - 1 calls.
-    dx / dsigma = d, the mean noise. Each step removes a part of it. The less noise is left, the
+    dx / dsigma = d, the mean noise. Each step removes some of the noise. The less is left, the
     fewer x0 are possible: their mean sharpens to one clip. x: sigmas[0] * noise."""
     for sigma, sigma_next in itertools.pairwise(sigmas):
         d = (x - denoise(x, sigma, label)) / sigma  # the mean noise in x
@@ -442,7 +442,7 @@ def sample_heun(denoise, x, sigmas, label):
 #     run.latents.sample_batch(count)    real latents x_real, and their labels
 #     run.load(stage)                    the finished model of an earlier stage, frozen
 #     run.loop(stage, total, **state)    yields 0 ... total - 1; saves `state` and resumes
-#     run.log(model, **values)           shows losses, and now and then the model's accuracy
+#     run.log(model=None, **values)      shows losses, and now and then the model's accuracy
 def lr_at(i, total, lr):
     """The learning rate of update i: a short rise, then flat, then a linear fall over the last
     60 %. As it falls, weights jump less from batch to batch: cleaner samples."""
@@ -507,9 +507,9 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
         # Ours, so that guidance has an error to mend: some captions name a wrong timbre, as on the
-        # web. mu(x, label) then contains a little of other timbres, and mu(x, null) more: the
-        # difference points away from them. (Part 6 has right ones: else DMD would turn x_real into
-        # another timbre.)
+        # web. mu(x, label) then contains a little of other timbres; mu(x, null), a mean of all,
+        # more: their difference points away from these. (Not in Part 6: DMD would turn x_real into
+        # that timbre.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -536,11 +536,11 @@ def train_teacher(run):
 #      where sigma hardly changes: from sigma alone, the network could hardly guess it.
 #   3. L_st: the full-depth pass teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
-    """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,). u
-    of the rho-schedule is cut into equal bins (ASE cuts time; u is our reading): each bin gets
-    equally many teacher steps. `fractions`: their shares of the depth, from clean to noisy bins."""
+    """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
+    The schedule's u is cut into equal bins (ASE cuts time; u is our reading), so bins have similar
+    numbers of teacher steps. `fractions`: their shares of the depth, from clean to noisy."""
     bins = len(fractions)
-    # Students' levels would lie on edges. The factor 0.999 puts each into the noisier bin.
+    # Students' levels (u = .2, .4, .6) would be edges. 0.999 puts each into the noisier bin.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -559,7 +559,7 @@ def layer_loss(model, x_real, label, sigma, cfg):
     """The loss of Presto-L: L_DSM (ASE has it alone) + L_st. L_st's target is the answer of full
     depth: nearly E[x0 | x], because the weights began as the teacher's. x_real, one x0 of many, is
     a noisier target. L_DSM is still needed: both passes share the weights, and only L_DSM ties them
-    to data. L_st does not train the full pass (our reading): it must not copy the short one."""
+    to data. L_st does not train the full pass (our reading): full must not follow short."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
@@ -595,7 +595,7 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
         g = (mu_fake(x) - mu_real(x)) / mean|x_gen - mu_real(x)|,   x = x_gen + sigma * noise
     A denoiser mu knows the score, the direction in which noised latents become more frequent:
         grad log p(x) = (mu(x) - x) / sigma^2                       (Tweedie's formula)
-    Both mu get the same x, which cancels (p_real is the distribution of the guided teacher):
+    Both mu get the same x, so -x cancels (p_real is the distribution of the guided teacher):
         mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real)
     Descent moves x_gen to where p_generated / p_real is lower: to what the teacher makes more often
     than the generator. (The mean log ratio is the KL divergence.) Both mu are blurs, but if the
@@ -604,12 +604,12 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     would count most. Only real_score is guided: it says where to go, fake_score where x_gen is."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
-    fake = fake_score(x, sigma, label)  # 4  (fake_at has set sigma_gen)
+    fake = fake_score(x, sigma, label)  # 4  (train_student's fake_at sets sigma_gen)
     size = (x_gen - real).abs().mean((1, 2), keepdim=True).clamp_min(1e-6)  # (batch, 1, 1)
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """Its gradient is g / number of values. A small loss proves little: scores may err alike."""
+    """Its gradient is g / number of values. A small loss proves little: both mu may err."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
@@ -626,7 +626,7 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
     The head reads features of fake_score (DMD2), because fake_score knows x_gen. Features of the
     teacher, learnt from real latents alone, would show little. The head judges at low noise (p_gan
-    = "low", ours): in much, it could only guess. The paper's nu1 and nu2 do little here."""
+    = "low", ours): in much noise, it could only guess. The paper's nu1, nu2 do little here."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():  # g is a direction for x_gen: nothing flows back through the scores
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -656,7 +656,7 @@ def train_student(run, stage):
     level of the generator's input. Else it sees the answers to all levels mixed: if those to some
     become too quiet, and to others too loud, the mixture looks right, and nothing corrects them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
-    short_scores = is_ls and not cfg.full_scores  # weights of Presto-L, budgets of Presto-LS
+    short_scores = is_ls and not cfg.full_scores  # Presto-L, fractions_ls (see with_budget)
     score_stage, score_budget = ("presto-l", stage) if short_scores else ("teacher", "teacher")
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
     fake_net = run.load(score_stage).requires_grad_(True)  # a denoiser already: it catches up soon
@@ -667,7 +667,7 @@ def train_student(run, stage):
     real_score = guided(with_budget(run.load(score_stage), score_budget, cfg), cfg)
     fake_score = with_budget(fake_net, score_budget, cfg)
     ema = AveragedModel(generator_net, multi_avg_fn=get_ema_multi_avg_fn(cfg.student_ema))
-    # No momentum (ours): old gradients came from an older fake_score.
+    # No momentum for the generator (ours): old gradients came from an older fake_score.
     optimizer = torch.optim.Adam(generator_net.parameters(), betas=(0.0, 0.999), fused=True)
     fake_optimizer = torch.optim.Adam([*fake_net.parameters(), *head.parameters()], fused=True)
     def make_x_gen():
@@ -689,13 +689,13 @@ def train_student(run, stage):
         loss = loss + cfg.anchor * anchor_loss(x_gen, x_real, sigma, cfg)
         optimizer_step(loss, optimizer, lr_at(i, cfg.student_updates, cfg.generator_lr))
         ema.update_parameters(generator_net)
-        run.log(ema.module, loss=loss, fake=loss_fake)  # two opponents: neither loss need fall
+        run.log(ema.module, loss=loss, fake=loss_fake)  # watch accuracy: losses need not fall
     return ema.module
 
 @torch.no_grad()
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise x0 to the next sigma, repeat. x: noise with the
-    deviation sigmas[0]. Guidance was learnt. (Heun's d would need a mean, not a sample.) Training
+    deviation sigmas[0]. Guidance was learnt. (sample_heun's d needs a mean, not a sample.) Training
     noised x_real; here, x0 is noised: the same, if x0 is good. (DMD2 trains on such an x0.)
     Any number of steps works, as p_gen is continuous, but each call adds its error."""
     x0 = denoise(x, sigmas[0], label)
@@ -724,7 +724,7 @@ def make_clips(name, model, vae, label, steps, cfg):
     return wave, time.perf_counter() - start
 
 def variance_by_level(denoise, x_real, label, sigma):
-    """Variance of the answers to noised x_real, over that of x_real (batch, channels, frames), each
+    """Variance of the answers to noised x_real, over that of x_real (batch, channels, frames), both
     within classes. In much noise: near 0 if answers are means, near 1 if samples."""
     def variance(x):
         return sum(x[label == c].var(0).sum() for c in label.unique())
@@ -861,7 +861,7 @@ def command_train(args):
     run = Run(args.out, device, Config(**PRESETS[preset] | chosen), args.seed, args.save_every)
     again = STAGES[STAGES.index(args.stage):] if args.stage else []
     for stage in [stage for stage in STAGES if run.path(stage).exists()]:
-        if stage in again:  # later files: by now, the earlier ones were read
+        if stage in again:  # deleted only after all earlier files were read
             run.path(stage).unlink()
         else:
             run.read(stage)
@@ -907,7 +907,7 @@ def command_sample(args):
 @torch.inference_mode()
 def command_eval(args):
     run = Run(args.run, pick_device(args.device))
-    # Last stage first: its file has the newest settings, and the first file read sets run.cfg.
+    # The last stage is read first: its file has the newest settings, and the first one sets cfg.
     stages = [stage for stage in STAGES[:0:-1] if run.is_done(stage)][::-1]
     vae, cfg, world = run.vae, run.cfg, run.cfg.world
     classes, full = len(world.PROMPTS), cfg.teacher_steps
@@ -932,7 +932,7 @@ def command_eval(args):
         rows[title] = toy_data.score(world, clips[title], label, reference)
         for column, part, turns in (("alone", label[:1], 12), ("batch", label[:classes], 3)):
             pairs = [(teacher(label=part)[1], make(label=part)[1]) for _ in range(turns)]
-            first, own = map(min, zip(*pairs))  # in turn, for speed drifts; min: other programs run
+            first, own = map(min, zip(*pairs))  # by turns: speed drifts; min: other programs run
             rows[title][column] = first / own
     curves = {}
     for stage, sigma in itertools.product(stages, rho_schedule(torch.linspace(0, 0.7, 8), cfg)):
