@@ -31,7 +31,7 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     3  x_gen is noised again, because denoisers know only noised latents. The level is drawn from
        p_dmd: much noise leaves only coarse features to compare; little noise leaves details, too.
     4  Two denoisers look at it. real_score, the teacher, knows the real data; fake_score knows what
-       the generator makes. The difference real - fake of their answers leads to real data.
+       the generator makes. The difference real - fake of their answers points to real data.
     5  x_gen is noised, at a level drawn from p_dsm.
     6  fake_score learns to denoise it. If fake_score lags, step 4 judges an older generator.
     7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan.
@@ -55,7 +55,7 @@ SYMBOLS (the paper's name, then the name in this file)
     p_gen, p_DMD,   p_gen, p_dmd,   from where the noise levels of steps 1, 3, 5 and 7 are drawn:
     p_DSM, p_GAN    p_dsm, p_gan    each is set by itself, in the paper to "train" or "inf":
     p(sigma^train)  "train"         noise levels as in the training of the teacher
-    p(sigma^inf)    "inf"           noise levels of inference: all at which a student may be called
+    p(sigma^inf)    "inf"           noise levels of inference: any at which a student may be called
 """
 
 import argparse
@@ -233,7 +233,7 @@ class VAE(nn.Module):
 SILENCE = 1e-2  # the least energy to divide by: the relative error of a silent clip stays finite
 def stft_distance(output, wave):
     """Relative squared distance of magnitude spectra at two resolutions: (batch, time) -> scalar.
-    Magnitudes forgive a phase that is a little off, as ears do. vae_loss adds an exact error."""
+    Magnitudes forgive every phase; ears forgive small errors. So vae_loss adds an exact error."""
     total = 0.0
     for n in (1024, 256):
         window = torch.hann_window(n, device=wave.device)
@@ -292,10 +292,10 @@ class LevelEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
 class DiT(nn.Module):
-    """F_theta, the network in Denoiser (Part 3): (c_in * x, c_noise, label) -> the shape of x.
-    `budget` says how many of the `depth` blocks run. None: all. An int: for the whole batch; the
-    other blocks are really skipped (sampling). A tensor (batch,): one per sample. Then all blocks
-    are computed, and each sample keeps what its budget allows (training, which mixes levels)."""
+    """F_theta, the network in Denoiser (Part 3): (c_in * x, c_noise, label) -> the shape of x. A
+    block adds to h; if it is skipped, h passes on. `budget` says how many of the `depth` blocks
+    run. None: all. An int: for the whole batch, others are really skipped (sampling). A tensor
+    (batch,): one per sample; all are computed, each sample keeps those of its budget (training)."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -508,8 +508,8 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
         x_real, label = run.latents.sample_batch(cfg.batch)
         # Ours, so that guidance has an error to mend: some captions name a wrong timbre, as on the
         # web. mu(x, label) then contains a little of other timbres; mu(x, null), a mean of all,
-        # more: their difference points away from these. (Not in Part 6: DMD would turn x_real into
-        # that timbre.)
+        # contains more. So the difference points away from them. (Not in Part 6: a wrong label
+        # there would let DMD change the timbre of x_real.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -540,7 +540,7 @@ def budget_at(sigma, fractions, cfg):
     The schedule's u is cut into equal bins (ASE cuts time; u is our reading), so bins have similar
     numbers of teacher steps. `fractions`: their shares of the depth, from clean to noisy."""
     bins = len(fractions)
-    # Students' levels (u = .2, .4, .6) would be edges. 0.999 puts each into the noisier bin.
+    # u = .2, .4, .6 (of four student steps) would be edges. 0.999 puts them into the noisier bin.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -574,8 +574,8 @@ def train_presto_l(run):
     return train_denoiser(run, "presto-l", model, layer_loss, cfg.layer_updates, cfg.layer_lr)
 
 # ---- Part 6. Presto-S and Presto-LS: fewer steps -------------------------------------------------
-# A teacher's answer to pure noise is a mean, a blur: so it must be called often. Presto-S makes it
-# a generator, whose one answer is a sample: L_DMD pulls the distribution of the answers to that
+# A teacher's answer to pure noise is a mean, a blur: so it must be called often. Presto-S makes the
+# teacher a generator, whose one answer is a sample: L_DMD pulls the distribution of answers to that
 # of the guided teacher. Students get right labels, never null ones: they are not guided.
 class Discriminator(nn.Module):
     """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It gives
@@ -656,7 +656,7 @@ def train_student(run, stage):
     level of the generator's input. Else it sees the answers to all levels mixed: if those to some
     become too quiet, and to others too loud, the mixture looks right, and nothing corrects them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
-    short_scores = is_ls and not cfg.full_scores  # Presto-L, fractions_ls (see with_budget)
+    short_scores = is_ls and not cfg.full_scores  # Presto-L's weights, fractions_ls
     score_stage, score_budget = ("presto-l", stage) if short_scores else ("teacher", "teacher")
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
     fake_net = run.load(score_stage).requires_grad_(True)  # a denoiser already: it catches up soon
@@ -695,9 +695,9 @@ def train_student(run, stage):
 @torch.no_grad()
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise x0 to the next sigma, repeat. x: noise with the
-    deviation sigmas[0]. Guidance was learnt. (sample_heun's d needs a mean, not a sample.) Training
-    noised x_real; here, x0 is noised: the same, if x0 is good. (DMD2 trains on such an x0.)
-    Any number of steps works, as p_gen is continuous, but each call adds its error."""
+    deviation sigmas[0], which hides any x0. Guidance was learnt. (sample_heun's d needs a mean, not
+    a sample.) In training, x_real was noised, here x0: the same, if x0 is good. (DMD2 trains on
+    such an x0.) Any number of steps works, as p_gen is continuous, but each call adds its error."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 depends on the old noise
@@ -724,7 +724,7 @@ def make_clips(name, model, vae, label, steps, cfg):
     return wave, time.perf_counter() - start
 
 def variance_by_level(denoise, x_real, label, sigma):
-    """Variance of the answers to noised x_real, over that of x_real (batch, channels, frames), both
+    """Variance of the answers to noised x_real (batch, channels, frames), over that of x_real, both
     within classes. In much noise: near 0 if answers are means, near 1 if samples."""
     def variance(x):
         return sum(x[label == c].var(0).sum() for c in label.unique())
@@ -830,7 +830,7 @@ class Run:
                 self.seed = theirs["seed"]
             where = {field.name: STAGES.index(field.metadata["stage"]) for field in fields}
             changed = {f"{name} ({theirs[name]} there, {value} here)": where.get(name, 0)
-                       for name, value in self.facts().items()  # seed, prompts: 0, the VAE
+                       for name, value in self.facts().items()  # seed, prompts: as "vae", 0
                        if theirs[name] != value and where.get(name, 0) <= STAGES.index(stage)}
             if changed:
                 raise UserError(f"{path} was trained with other settings: {'; '.join(changed)}. "
@@ -907,7 +907,7 @@ def command_sample(args):
 @torch.inference_mode()
 def command_eval(args):
     run = Run(args.run, pick_device(args.device))
-    # The last stage is read first: its file has the newest settings, and the first one sets cfg.
+    # The last stage is read first: the first file read sets cfg, and that one is the newest.
     stages = [stage for stage in STAGES[:0:-1] if run.is_done(stage)][::-1]
     vae, cfg, world = run.vae, run.cfg, run.cfg.world
     classes, full = len(world.PROMPTS), cfg.teacher_steps
