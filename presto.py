@@ -31,13 +31,13 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     3  x_gen is noised again, because denoisers know only noised latents. The level is drawn from
        p_dmd: much noise leaves only coarse features to compare; little noise leaves details, too.
     4  Two denoisers look at it. real_score, the teacher, knows the real data; fake_score knows what
-       the generator makes. The difference real - fake of their answers points to real data.
+       the generator makes. The one answer minus the other points from generated to real.
     5  x_gen is noised, at a level drawn from p_dsm.
     6  fake_score learns to denoise it. If fake_score lags, step 4 judges an older generator.
     7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan.
     8  The lower half of fake_score, with head, learns to tell them apart.
     In a round, fake_score and head learn five times (steps 1, 2, 5 to 8). Then the generator learns
-    once. By 1 to 4 it follows the difference; by 7 and 8, with x_gen alone, it tries to deceive the
+    once. In 1 to 4 it follows the difference; in 7 and 8, without x_real, it tries to deceive the
     head. Ours, mainly: anchor_loss; tell_level (train_student); p_gan "low" (draw_sigma); and
     `parallel` (guided). To undo: --anchor 0 --tell_level false --p_gan train --parallel 1
 
@@ -55,7 +55,7 @@ SYMBOLS (the paper's name, then the name in this file)
     p_gen, p_DMD,   p_gen, p_dmd,   from where the noise levels of steps 1, 3, 5 and 7 are drawn:
     p_DSM, p_GAN    p_dsm, p_gan    each is set by itself, in the paper to "train" or "inf":
     p(sigma^train)  "train"         noise levels as in the training of the teacher
-    p(sigma^inf)    "inf"           noise levels of inference: any at which a student may be called
+    p(sigma^inf)    "inf"           noise levels of inference: all at which a student may be called
 """
 
 import argparse
@@ -223,7 +223,7 @@ class VAE(nn.Module):
         return mean, log_std.clamp(-10, 3)  # (batch, channels, frames) each
 
     def encode(self, wave):  # (batch, time)
-        mean, _ = self.posterior(wave)  # without noise, which is only to train the decoder
+        mean, _ = self.posterior(wave)  # no noise: that is only to train the decoder
         return (mean - self.mean) / self.scale  # (batch, channels, frames)
 
     def decode(self, latents):  # (batch, channels, frames)
@@ -233,7 +233,7 @@ class VAE(nn.Module):
 SILENCE = 1e-2  # the least energy to divide by: the relative error of a silent clip stays finite
 def stft_distance(output, wave):
     """Relative squared distance of magnitude spectra at two resolutions: (batch, time) -> scalar.
-    Magnitudes forgive every phase; ears forgive small errors. So vae_loss adds an exact error."""
+    Magnitudes forgive small errors of phase, as ears do; but also large ones: see vae_loss."""
     total = 0.0
     for n in (1024, 256):
         window = torch.hann_window(n, device=wave.device)
@@ -281,7 +281,7 @@ class Block(nn.Module):
 
 class LevelEmbedding(nn.Module):
     """c_noise = ln(sigma) / 4 (batch,) -> conditioning (batch, width), by Fourier features: an MLP
-    hardly sees small steps of one number. Waves show them: slow ones and fast ones."""
+    hardly sees small steps of one number. Slow and fast waves of it show them."""
     def __init__(self, width):
         super().__init__()
         self.register_buffer("frequencies", torch.logspace(0, 2, width // 2))
@@ -508,8 +508,8 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
         x_real, label = run.latents.sample_batch(cfg.batch)
         # Ours, so that guidance has an error to mend: some captions name a wrong timbre, as on the
         # web. mu(x, label) then contains a little of other timbres; mu(x, null), a mean of all,
-        # contains more. So the difference points away from them. (Not in Part 6: a wrong label
-        # there would let DMD change the timbre of x_real.)
+        # contains more. So the difference points away from them. (Not in Part 6: there, x_gen comes
+        # from x_real, and would be pulled to another timbre.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -540,7 +540,7 @@ def budget_at(sigma, fractions, cfg):
     The schedule's u is cut into equal bins (ASE cuts time; u is our reading), so bins have similar
     numbers of teacher steps. `fractions`: their shares of the depth, from clean to noisy."""
     bins = len(fractions)
-    # u = .2, .4, .6 (of four student steps) would be edges. 0.999 puts them into the noisier bin.
+    # Levels of students (u = .2, .4, .6) are edges: 0.999 lowers these, and the noisier bin counts.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -579,7 +579,7 @@ def train_presto_l(run):
 # of the guided teacher. Students get right labels, never null ones: they are not guided.
 class Discriminator(nn.Module):
     """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It gives
-    two answers for a clip, one per half second (paper: 2.8 per second): it says where it errs."""
+    two answers for a clip, one per half second (paper: 2.8 per second), as clips err in places."""
     def __init__(self, cfg):
         super().__init__()
         w, layers = cfg.width, []
@@ -598,10 +598,10 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     Both mu get the same x, so -x cancels (p_real is the distribution of the guided teacher):
         mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real)
     Descent moves x_gen to where p_generated / p_real is lower: to what the teacher makes more often
-    than the generator. (The mean log ratio is the KL divergence.) Both mu are blurs, but if the
+    than the generator. (Its log, on average, is the KL divergence.) Both mu are blurs, but if the
     distributions are equal, the blurs are equal: g is 0, and x_gen stays sharp. (A regression on
     mu_real would blur it.) mu_fake - mu_real grows with sigma: without the divisor, high sigma
-    would count most. Only real_score is guided: it says where to go, fake_score where x_gen is."""
+    would count most. Only real_score is guided: it says where to go; fake_score, where x_gen is."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
     fake = fake_score(x, sigma, label)  # 4  (train_student's fake_at sets sigma_gen)
@@ -609,7 +609,7 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """Its gradient is g / number of values. A small loss proves little: both mu may err."""
+    """Its gradient is g / number of values. It may be small because both mu err alike."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
@@ -625,8 +625,9 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
     The head reads features of fake_score (DMD2), because fake_score knows x_gen. Features of the
-    teacher, learnt from real latents alone, would show little. The head judges at low noise (p_gan
-    = "low", ours): in much noise, it could only guess. The paper's nu1, nu2 do little here."""
+    teacher, learnt from real latents alone, show few errors of x_gen. The head judges at low noise
+    (p_gan = "low", ours): in much noise, it could only guess. The paper's nu1, nu2 do little
+    here."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():  # g is a direction for x_gen: nothing flows back through the scores
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -651,12 +652,12 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
-    Presto-L, which can do that. Scores keep full depth (our reading): the generator would learn the
-    errors of short scores, and only it must be fast. `tell_level` (ours): fake_score is told the
-    level of the generator's input. Else it sees the answers to all levels mixed: if those to some
-    become too quiet, and to others too loud, the mixture looks right, and nothing corrects them."""
+    Presto-L, which can do that. Scores keep full depth (our reading): short ones would teach the
+    generator their errors, and only the generator must be fast. `tell_level` (ours): fake_score is
+    told the level of the generator's input. Else it sees answers to all levels mixed. Too quiet
+    ones to some and too loud ones to others look right together, and nothing corrects them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
-    short_scores = is_ls and not cfg.full_scores  # Presto-L's weights, fractions_ls
+    short_scores = is_ls and not cfg.full_scores  # if so: Presto-L's weights, fractions_ls
     score_stage, score_budget = ("presto-l", stage) if short_scores else ("teacher", "teacher")
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
     fake_net = run.load(score_stage).requires_grad_(True)  # a denoiser already: it catches up soon
@@ -695,12 +696,12 @@ def train_student(run, stage):
 @torch.no_grad()
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise x0 to the next sigma, repeat. x: noise with the
-    deviation sigmas[0], which hides any x0. Guidance was learnt. (sample_heun's d needs a mean, not
-    a sample.) In training, x_real was noised, here x0: the same, if x0 is good. (DMD2 trains on
+    deviation sigmas[0], which hides any x0. Guidance was learnt. (sample_heun would need means, not
+    samples.) In training, x_real was noised, here x0: the same, if x0 is good. (DMD2 trains on
     such an x0.) Any number of steps works, as p_gen is continuous, but each call adds its error."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
-        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 depends on the old noise
+        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh noise: x0 depends on the old
         x0 = denoise(x, sigma, label)  # (batch, channels, frames)
     return x0
 
@@ -830,7 +831,7 @@ class Run:
                 self.seed = theirs["seed"]
             where = {field.name: STAGES.index(field.metadata["stage"]) for field in fields}
             changed = {f"{name} ({theirs[name]} there, {value} here)": where.get(name, 0)
-                       for name, value in self.facts().items()  # seed, prompts: as "vae", 0
+                       for name, value in self.facts().items()  # seed, prompts: the VAE's, 0
                        if theirs[name] != value and where.get(name, 0) <= STAGES.index(stage)}
             if changed:
                 raise UserError(f"{path} was trained with other settings: {'; '.join(changed)}. "
