@@ -31,7 +31,7 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     3  x_gen is noised again, because denoisers know only noised latents. The level is drawn from
        p_dmd: much noise leaves only coarse features to compare; little noise leaves details, too.
     4  Two denoisers look at it. real_score, the teacher, knows the real data; fake_score knows what
-       the generator makes. The one answer minus the other points from generated to real.
+       the generator makes. The step from its answer to real_score's leads to real data.
     5  x_gen is noised, at a level drawn from p_dsm.
     6  fake_score learns to denoise it. If fake_score lags, step 4 judges an older generator.
     7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan.
@@ -53,9 +53,9 @@ SYMBOLS (the paper's name, then the name in this file)
     G_phi           generator       the few-step student
     D_psi           head            the discriminator's head, on fake_score's half-way features
     p_gen, p_DMD,   p_gen, p_dmd,   from where the noise levels of steps 1, 3, 5 and 7 are drawn:
-    p_DSM, p_GAN    p_dsm, p_gan    each is set by itself, in the paper to "train" or "inf":
+    p_DSM, p_GAN    p_dsm, p_gan    each is set separately, in the paper to "train" or "inf":
     p(sigma^train)  "train"         noise levels as in the training of the teacher
-    p(sigma^inf)    "inf"           noise levels of inference: all at which a student may be called
+    p(sigma^inf)    "inf"           noise levels of inference: all levels that students may visit
 """
 
 import argparse
@@ -205,7 +205,7 @@ class ResidualBlock(nn.Module):
         return h + self.out(a * F.silu(b))
 
 class VAE(nn.Module):
-    """A 1-D convolutional VAE. After its training, only `encode` and `decode` are used."""
+    """A 1-D convolutional VAE. Latents are far fewer numbers than samples: cheap to denoise."""
     def __init__(self, cfg):
         super().__init__()
         w, s, c, n = cfg.vae_width, cfg.stride, cfg.latent_channels, cfg.vae_blocks
@@ -233,7 +233,7 @@ class VAE(nn.Module):
 SILENCE = 1e-2  # the least energy to divide by: the relative error of a silent clip stays finite
 def stft_distance(output, wave):
     """Relative squared distance of magnitude spectra at two resolutions: (batch, time) -> scalar.
-    Magnitudes forgive small errors of phase, as ears do; but also large ones: see vae_loss."""
+    Magnitudes forgive errors of phase: small ones, as ears do, but also large ones."""
     total = 0.0
     for n in (1024, 256):
         window = torch.hann_window(n, device=wave.device)
@@ -281,7 +281,7 @@ class Block(nn.Module):
 
 class LevelEmbedding(nn.Module):
     """c_noise = ln(sigma) / 4 (batch,) -> conditioning (batch, width), by Fourier features: an MLP
-    hardly sees small steps of one number. Slow and fast waves of it show them."""
+    hardly sees small steps of one number. Slow and fast waves of it show such steps."""
     def __init__(self, width):
         super().__init__()
         self.register_buffer("frequencies", torch.logspace(0, 2, width // 2))
@@ -294,7 +294,7 @@ class LevelEmbedding(nn.Module):
 class DiT(nn.Module):
     """F_theta, the network in Denoiser (Part 3): (c_in * x, c_noise, label) -> the shape of x. A
     block adds to h; if it is skipped, h passes on. `budget` says how many of the `depth` blocks
-    run. None: all. An int: for the whole batch, others are really skipped (sampling). A tensor
+    run. None: all. An int: for the whole batch, other blocks are skipped (sampling). A tensor
     (batch,): one per sample; all are computed, each sample keeps those of its budget (training)."""
     def __init__(self, cfg):
         super().__init__()
@@ -387,9 +387,9 @@ def draw_sigma(distribution, count, cfg, device):
     """Draw noise levels (count,) from a distribution. "discrete": just those of four steps."""
     if distribution == "train":  # ln sigma is Gaussian (EDM, table 1): few extremes
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
-    if distribution == "low":  # (ours) a fifth of such a level: see generator_loss
+    if distribution == "low":  # (ours) a fifth of a "train" level: see generator_loss
         return draw_sigma("train", count, cfg, device) / 5
-    if distribution == "inf":  # squared (ours): more low u, that is high sigma
+    if distribution == "inf":  # squared (ours): more high sigma, most to learn
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
@@ -508,8 +508,8 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
         x_real, label = run.latents.sample_batch(cfg.batch)
         # Ours, so that guidance has an error to mend: some captions name a wrong timbre, as on the
         # web. mu(x, label) then contains a little of other timbres; mu(x, null), a mean of all,
-        # contains more. So the difference points away from them. (Not in Part 6: there, x_gen comes
-        # from x_real, and would be pulled to another timbre.)
+        # contains more. So the difference points away from them. (Not in Part 6: a wrong caption
+        # would pull x_gen from the timbre of its x_real to another.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -529,7 +529,7 @@ def train_teacher(run):
 # ---- Part 5. Presto-L: fewer layers where there is more noise ------------------------------------
 # ASE (Moon et al. 2024): at high noise, a denoiser only has to say roughly what a clip is, and few
 # blocks can do that. At low noise, details need all. A trained DiT is fine-tuned to exit early.
-# Its weakness, as Presto! sees it: the variance of a DiT's hidden state grows sharply in the last
+# ASE's weakness, as Presto! sees it: the variance of a DiT's hidden state grows sharply in the last
 # blocks. The output layer learnt to read what these write, and ASE drops them. Presto-L's changes:
 #   1. Shifted dropping: the last block always runs. Blocks before it are dropped (DiT.is_active).
 #   2. The network is told its budget (DiT.budget_table). The budget jumps at the edges of bins,
@@ -538,9 +538,9 @@ def train_teacher(run):
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
     The schedule's u is cut into equal bins (ASE cuts time; u is our reading), so bins have similar
-    numbers of teacher steps. `fractions`: their shares of the depth, from clean to noisy."""
+    numbers of teacher steps. `fractions`: bins' shares of the depth, from clean to noisy."""
     bins = len(fractions)
-    # Levels of students (u = .2, .4, .6) are edges: 0.999 lowers these, and the noisier bin counts.
+    # Students' levels (u = .2, .4, .6) are edges: 0.999 lowers edges, so the noisier bin has them.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -574,9 +574,9 @@ def train_presto_l(run):
     return train_denoiser(run, "presto-l", model, layer_loss, cfg.layer_updates, cfg.layer_lr)
 
 # ---- Part 6. Presto-S and Presto-LS: fewer steps -------------------------------------------------
-# A teacher's answer to pure noise is a mean, a blur: so it must be called often. Presto-S makes the
-# teacher a generator, whose one answer is a sample: L_DMD pulls the distribution of answers to that
-# of the guided teacher. Students get right labels, never null ones: they are not guided.
+# A teacher's answer to pure noise is a mean, a blur: so it must be called often. Presto-S turns it
+# into a generator, whose one answer is a sample: L_DMD pulls the distribution of answers to that of
+# the guided teacher. Students get right labels, never null ones: they are not guided.
 class Discriminator(nn.Module):
     """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It gives
     two answers for a clip, one per half second (paper: 2.8 per second), as clips err in places."""
@@ -598,18 +598,18 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     Both mu get the same x, so -x cancels (p_real is the distribution of the guided teacher):
         mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real)
     Descent moves x_gen to where p_generated / p_real is lower: to what the teacher makes more often
-    than the generator. (Its log, on average, is the KL divergence.) Both mu are blurs, but if the
+    than the generator. (The ratio's mean log is the KL divergence.) Both mu are blurs, but if the
     distributions are equal, the blurs are equal: g is 0, and x_gen stays sharp. (A regression on
     mu_real would blur it.) mu_fake - mu_real grows with sigma: without the divisor, high sigma
     would count most. Only real_score is guided: it says where to go; fake_score, where x_gen is."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
-    fake = fake_score(x, sigma, label)  # 4  (train_student's fake_at sets sigma_gen)
+    fake = fake_score(x, sigma, label)  # 4  (told the generator's sigma, too: fake_at)
     size = (x_gen - real).abs().mean((1, 2), keepdim=True).clamp_min(1e-6)  # (batch, 1, 1)
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """Its gradient is g / number of values. It may be small because both mu err alike."""
+    """Its gradient is g / number of values. A small g proves little: both mu may err alike."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
@@ -652,9 +652,9 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
     Presto-L, which can do that. Scores keep full depth (our reading): short ones would teach the
-    generator their errors, and only the generator must be fast. `tell_level` (ours): fake_score is
-    told the level of the generator's input. Else it sees answers to all levels mixed. Too quiet
-    ones to some and too loud ones to others look right together, and nothing corrects them."""
+    generator their errors, and only it must be fast. `tell_level` (ours): fake_score is told the
+    level of the generator's input. Else it sees answers to all levels mixed. If they are too quiet
+    at some levels and too loud at others, the mixture looks right, and nothing mends them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     short_scores = is_ls and not cfg.full_scores  # if so: Presto-L's weights, fractions_ls
     score_stage, score_budget = ("presto-l", stage) if short_scores else ("teacher", "teacher")
@@ -694,13 +694,13 @@ def train_student(run, stage):
 
 @torch.no_grad()
 def sample_multistep(denoise, x, sigmas, label):
-    """The students' sampler: denoise to x0, noise x0 to the next sigma, repeat. x: noise with the
-    deviation sigmas[0], which hides any x0. Guidance was learnt. (sample_heun would need means, not
-    samples.) In training, x_real was noised, here x0: the same, if x0 is good. (DMD2 trains on
-    such an x0.) Any number of steps works, as p_gen is continuous, but each call adds its error."""
+    """The students' sampler: denoise to x0, noise x0 to the next sigma, repeat: later calls mend
+    details. x: noise with the deviation sigmas[0], which hides any x0. Guidance was learnt.
+    (sample_heun would need means, not samples.) In training, x_real was noised, here x0: the same,
+    if x0 is good. (DMD2 trains on such x0.) Any number of steps works, but each adds its error."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
-        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh noise: x0 depends on the old
+        x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 depends on the old noise
         x0 = denoise(x, sigma, label)  # (batch, channels, frames)
     return x0
 
@@ -724,8 +724,8 @@ def make_clips(name, model, vae, label, steps, cfg):
     return wave, time.perf_counter() - start
 
 def variance_by_level(denoise, x_real, label, sigma):
-    """Variance of the answers to noised x_real (batch, channels, frames), over that of x_real, both
-    within classes. In much noise: near 0 if answers are means, near 1 if samples."""
+    """Variance of answers to noised x_real (batch, channels, frames), divided by that of x_real,
+    both within classes. In much noise: near 0 if answers are means, near 1 if samples."""
     def variance(x):
         return sum(x[label == c].var(0).sum() for c in label.unique())
     answers = denoise(add_noise(x_real, sigma), sigma, label)
@@ -907,7 +907,7 @@ def command_sample(args):
 @torch.inference_mode()
 def command_eval(args):
     run = Run(args.run, pick_device(args.device))
-    # The last stage is read first: the first file read sets cfg, and that one is the newest.
+    # The last stage's file is the newest. It is read first, as the first one sets cfg (Run.read).
     stages = [stage for stage in STAGES[:0:-1] if run.is_done(stage)][::-1]
     vae, cfg, world = run.vae, run.cfg, run.cfg.world
     classes, full = len(world.PROMPTS), cfg.teacher_steps
@@ -932,7 +932,7 @@ def command_eval(args):
         rows[title] = toy_data.score(world, clips[title], label, reference)
         for column, part, turns in (("alone", label[:1], 12), ("batch", label[:classes], 3)):
             pairs = [(teacher(label=part)[1], make(label=part)[1]) for _ in range(turns)]
-            first, own = map(min, zip(*pairs))  # by turns: speed drifts; min: other programs run
+            first, own = map(min, zip(*pairs))  # in turn, as speed drifts; min, as others run
             rows[title][column] = first / own
     curves = {}
     for stage, sigma in itertools.product(stages, rho_schedule(torch.linspace(0, 0.7, 8), cfg)):
