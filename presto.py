@@ -31,13 +31,13 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     3  x_gen is noised again, because denoisers know only noised latents. The level is drawn from
        p_dmd: much noise leaves only coarse features to compare; little noise leaves details, too.
     4  Two denoisers look at it. real_score, the teacher, knows the real data; fake_score knows what
-       the generator makes. The step from its answer to real_score's leads to real data.
+       the generator makes. The difference from its answer to real_score's leads to real data.
     5  x_gen is noised, at a level drawn from p_dsm.
     6  fake_score learns to denoise it. If fake_score lags, step 4 judges an older generator.
     7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan.
     8  The lower half of fake_score, with head, learns to tell them apart.
     In a round, fake_score and head learn five times (steps 1, 2, 5 to 8). Then the generator learns
-    once. In 1 to 4 it follows the difference; in 7 and 8, without x_real, it tries to deceive the
+    once. In 1 to 4 it follows that difference; in 7 and 8, without x_real, it tries to deceive the
     head. Ours, mainly: anchor_loss; tell_level (train_student); p_gan "low" (draw_sigma); and
     `parallel` (guided). To undo: --anchor 0 --tell_level false --p_gan train --parallel 1
 
@@ -89,7 +89,7 @@ class UserError(Exception):
 
 def setting(stage, default, help, choices=None):
     """A field of Config. `stage` is the first stage to train again if this setting changes."""
-    metadata = {"stage": stage, "help": help, "choices": choices}
+    metadata = {"stage": STAGES.index(stage), "help": help, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Config:
     layer_updates: int = setting("presto-l", 800, "updates of Presto-L")
     layer_lr: float = setting("presto-l", 3e-4, "learning rate of Presto-L (ASE: 1e-5)")
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
-    parallel: float = setting("presto-s", 0.1, "share of guidance's part along mu (see guided)")
+    parallel: float = setting("presto-s", 0.1, "share kept of guidance along mu (see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
     u_end: float = setting("presto-s", 0.8, "where the students' levels end (see student_sigmas)")
     p_gen: str = setting("presto-s", "inf", "noise on the generator's input", [*NOISE, "discrete"])
@@ -223,7 +223,7 @@ class VAE(nn.Module):
         return mean, log_std.clamp(-10, 3)  # (batch, channels, frames) each
 
     def encode(self, wave):  # (batch, time)
-        mean, _ = self.posterior(wave)  # no noise: that is only to train the decoder
+        mean, _ = self.posterior(wave)  # no noise: noise is only to train the decoder
         return (mean - self.mean) / self.scale  # (batch, channels, frames)
 
     def decode(self, latents):  # (batch, channels, frames)
@@ -281,7 +281,7 @@ class Block(nn.Module):
 
 class LevelEmbedding(nn.Module):
     """c_noise = ln(sigma) / 4 (batch,) -> conditioning (batch, width), by Fourier features: an MLP
-    hardly sees small steps of one number. Slow and fast waves of it show such steps."""
+    hardly sees small steps of one number. Slow and fast waves of the number show them."""
     def __init__(self, width):
         super().__init__()
         self.register_buffer("frequencies", torch.logspace(0, 2, width // 2))
@@ -294,7 +294,7 @@ class LevelEmbedding(nn.Module):
 class DiT(nn.Module):
     """F_theta, the network in Denoiser (Part 3): (c_in * x, c_noise, label) -> the shape of x. A
     block adds to h; if it is skipped, h passes on. `budget` says how many of the `depth` blocks
-    run. None: all. An int: for the whole batch, other blocks are skipped (sampling). A tensor
+    run. None: all. An int: for the whole batch; the rest is skipped (sampling). A tensor
     (batch,): one per sample; all are computed, each sample keeps those of its budget (training)."""
     def __init__(self, cfg):
         super().__init__()
@@ -389,7 +389,7 @@ def draw_sigma(distribution, count, cfg, device):
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
     if distribution == "low":  # (ours) a fifth of a "train" level: see generator_loss
         return draw_sigma("train", count, cfg, device) / 5
-    if distribution == "inf":  # squared (ours): more high sigma, most to learn
+    if distribution == "inf":  # squared (ours): u is often low, so sigma high
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
@@ -509,7 +509,7 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
         # Ours, so that guidance has an error to mend: some captions name a wrong timbre, as on the
         # web. mu(x, label) then contains a little of other timbres; mu(x, null), a mean of all,
         # contains more. So the difference points away from them. (Not in Part 6: a wrong caption
-        # would pull x_gen from the timbre of its x_real to another.)
+        # would pull x_gen away from its x_real's timbre.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -540,7 +540,7 @@ def budget_at(sigma, fractions, cfg):
     The schedule's u is cut into equal bins (ASE cuts time; u is our reading), so bins have similar
     numbers of teacher steps. `fractions`: bins' shares of the depth, from clean to noisy."""
     bins = len(fractions)
-    # Students' levels (u = .2, .4, .6) are edges: 0.999 lowers edges, so the noisier bin has them.
+    # In four steps, u = .2, .4, .6: such levels are edges. 0.999 puts them into the noisier bin.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -579,7 +579,7 @@ def train_presto_l(run):
 # the guided teacher. Students get right labels, never null ones: they are not guided.
 class Discriminator(nn.Module):
     """D_psi's head: four Conv1d blocks with GroupNorm and SiLU, then one channel (paper). It gives
-    two answers for a clip, one per half second (paper: 2.8 per second), as clips err in places."""
+    two answers for a clip, one per half second (paper: 2.8 a second): errors are local."""
     def __init__(self, cfg):
         super().__init__()
         w, layers = cfg.width, []
@@ -609,7 +609,7 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     return (fake - real) / size
 
 def dmd_loss(x_gen, gradient):
-    """Its gradient is g / number of values. A small g proves little: both mu may err alike."""
+    """Its gradient is g / number of values. A low loss proves little: both mu may err alike."""
     return 0.5 * F.mse_loss(x_gen, (x_gen - gradient).detach())
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
@@ -656,7 +656,7 @@ def train_student(run, stage):
     level of the generator's input. Else it sees answers to all levels mixed. If they are too quiet
     at some levels and too loud at others, the mixture looks right, and nothing mends them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
-    short_scores = is_ls and not cfg.full_scores  # if so: Presto-L's weights, fractions_ls
+    short_scores = is_ls and not cfg.full_scores  # usually, scores are the teacher, all blocks
     score_stage, score_budget = ("presto-l", stage) if short_scores else ("teacher", "teacher")
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
     fake_net = run.load(score_stage).requires_grad_(True)  # a denoiser already: it catches up soon
@@ -695,9 +695,9 @@ def train_student(run, stage):
 @torch.no_grad()
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise x0 to the next sigma, repeat: later calls mend
-    details. x: noise with the deviation sigmas[0], which hides any x0. Guidance was learnt.
+    details. x: noise with the deviation sigmas[0], which hides any x0. L_DMD taught guidance.
     (sample_heun would need means, not samples.) In training, x_real was noised, here x0: the same,
-    if x0 is good. (DMD2 trains on such x0.) Any number of steps works, but each adds its error."""
+    if x0 is good. (DMD2 trains on such x0.) Any number of steps works, but each call errs, too."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 depends on the old noise
@@ -828,17 +828,17 @@ class Run:
             if self.cfg is None:
                 self.cfg = Config(**{field.name: theirs[field.name] for field in fields})
                 self.seed = theirs["seed"]
-            where = {field.name: STAGES.index(field.metadata["stage"]) for field in fields}
-            changed = {f"{name} ({theirs[name]} there, {value} here)": where.get(name, 0)
-                       for name, value in self.facts().items()  # seed, prompts: the VAE's, 0
-                       if theirs[name] != value and where.get(name, 0) <= STAGES.index(stage)}
+            first = {"seed": 0, "prompts": 0} | {f.name: f.metadata["stage"] for f in fields}
+            changed = {f"{name} ({theirs[name]} there, {value} here)": first[name]
+                       for name, value in self.facts().items()
+                       if theirs[name] != value and first[name] <= STAGES.index(stage)}
             if changed:
                 raise UserError(f"{path} was trained with other settings: {'; '.join(changed)}. "
                                 "Choose another --out, or train again with --stage "
                                 f"{STAGES[min(changed.values())]}")
             for name, part in state.items():
                 part.load_state_dict(saved["state"][name])
-        except (ImportError, UserError):  # the file is sound
+        except (ImportError, UserError):  # the file is sound, its data module or a setting is not
             raise
         except Exception as error:  # zipfile, zlib, pickle and torch name damage differently
             raise UserError(f"{path} is damaged, or of another version of this file: "
@@ -907,7 +907,7 @@ def command_sample(args):
 @torch.inference_mode()
 def command_eval(args):
     run = Run(args.run, pick_device(args.device))
-    # The last stage's file is the newest. It is read first, as the first one sets cfg (Run.read).
+    # From last to first: the file that is read first sets run.cfg (Run.read). Then turned round.
     stages = [stage for stage in STAGES[:0:-1] if run.is_done(stage)][::-1]
     vae, cfg, world = run.vae, run.cfg, run.cfg.world
     classes, full = len(world.PROMPTS), cfg.teacher_steps
