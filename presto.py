@@ -233,9 +233,9 @@ class VAE(nn.Module):
 SILENCE = 1e-2  # the least energy to divide by: the relative error of a silent clip stays finite
 def stft_distance(output, wave):
     """Relative squared distance of magnitude spectra at two resolutions: (batch, time) -> scalar.
-    Magnitudes forgive errors of phase: small ones, as ears do, but also large ones."""
+    Magnitudes forgive errors of phase: small ones, as ears do, but large ones, too."""
     total = 0.0
-    for n in (1024, 256):
+    for n in (1024, 256):  # a long window tells pitches apart; a short one, moments
         window = torch.hann_window(n, device=wave.device)
         A = torch.stft(output, n, n // 2, window=window, return_complex=True).abs()
         B = torch.stft(wave, n, n // 2, window=window, return_complex=True).abs()
@@ -540,7 +540,7 @@ def budget_at(sigma, fractions, cfg):
     The schedule's u is cut into equal bins (ASE cuts time; u is our reading), so bins have similar
     numbers of teacher steps. `fractions`: bins' shares of the depth, from clean to noisy."""
     bins = len(fractions)
-    # In four steps, u = .2, .4, .6: such levels are edges. 0.999 puts them into the noisier bin.
+    # Students' u = .2, .4, .6 (4 steps) lie on edges: 0.999 puts them into the noisier bin.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -626,7 +626,7 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
     The head reads features of fake_score (DMD2), because fake_score knows x_gen. Features of the
     teacher, learnt from real latents alone, show few errors of x_gen. The head judges at low noise
-    (p_gan = "low", ours): in much noise, it could only guess. The paper's nu do little."""
+    (p_gan = "low", ours), as much noise leaves a guess. The paper's nu1 and nu2 do little here."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():  # g is a direction for x_gen: nothing flows back through the scores
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -656,7 +656,7 @@ def train_student(run, stage):
     level of the generator's input. Else it sees answers to all levels mixed. If they are too quiet
     at some levels and too loud at others, the mixture looks right, and nothing mends them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
-    short_scores = is_ls and not cfg.full_scores  # usually, scores are the teacher, all blocks
+    short_scores = is_ls and not cfg.full_scores  # usually, both scores start as the teacher
     score_stage, score_budget = ("presto-l", stage) if short_scores else ("teacher", "teacher")
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
     fake_net = run.load(score_stage).requires_grad_(True)  # a denoiser already: it catches up soon
@@ -793,7 +793,7 @@ class Run:
 
     def train(self, stage):
         if stage != "vae":
-            _ = self.latents  # before seeding, because loading the VAE draws random weights
+            _ = self.latents  # before seeding, because building the VAE draws random weights
         seed_with(self.seed, stage, "start")
         try:
             self.save(stage, "done", model=TRAIN[stage](self))
@@ -907,7 +907,7 @@ def command_sample(args):
 @torch.inference_mode()
 def command_eval(args):
     run = Run(args.run, pick_device(args.device))
-    # From last to first: the file that is read first sets run.cfg (Run.read). Then turned round.
+    # The last file is read first: it sets run.cfg (Run.read), and its settings are the newest.
     stages = [stage for stage in STAGES[:0:-1] if run.is_done(stage)][::-1]
     vae, cfg, world = run.vae, run.cfg, run.cfg.world
     classes, full = len(world.PROMPTS), cfg.teacher_steps
@@ -932,7 +932,7 @@ def command_eval(args):
         rows[title] = toy_data.score(world, clips[title], label, reference)
         for column, part, turns in (("alone", label[:1], 12), ("batch", label[:classes], 3)):
             pairs = [(teacher(label=part)[1], make(label=part)[1]) for _ in range(turns)]
-            first, own = map(min, zip(*pairs))  # in turn, as speed drifts; min, as others run
+            first, own = map(min, zip(*pairs))  # in turn, as speed drifts; min: other programs run
             rows[title][column] = first / own
     curves = {}
     for stage, sigma in itertools.product(stages, rho_schedule(torch.linspace(0, 0.7, 8), cfg)):
