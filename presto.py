@@ -626,7 +626,7 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
     The head reads features of fake_score (DMD2), because fake_score knows x_gen. Features of the
     teacher, learnt from real latents alone, show few errors of x_gen. The head judges at low noise
-    (p_gan = "low", ours), as much noise leaves a guess. The paper's nu1 and nu2 do little here."""
+    (p_gan = "low", ours): else it could only guess. The paper's nu1 and nu2 do little here."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():  # g is a direction for x_gen: nothing flows back through the scores
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
