@@ -31,13 +31,13 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     3  x_gen is noised again, because denoisers know only noised latents. The level is drawn from
        p_dmd: much noise leaves only coarse features to compare; little noise leaves details, too.
     4  Two denoisers look at it. real_score, the teacher, knows the real data; fake_score knows what
-       the generator makes. The difference from its answer to real_score's leads to real data.
+       the generator makes. The arrow from its answer to real_score's leads to real data.
     5  x_gen is noised, at a level drawn from p_dsm.
     6  fake_score learns to denoise it. If fake_score lags, step 4 judges an older generator.
     7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan.
     8  The lower half of fake_score, with head, learns to tell them apart.
     In a round, fake_score and head learn five times (steps 1, 2, 5 to 8). Then the generator learns
-    once. In 1 to 4 it follows that difference; in 7 and 8, without x_real, it tries to deceive the
+    once. In 1 to 4 it follows the arrow of 4; in 7 and 8, without x_real, it tries to deceive the
     head. Ours, mainly: anchor_loss; tell_level (train_student); p_gan "low" (draw_sigma); and
     `parallel` (guided). To undo: --anchor 0 --tell_level false --p_gan train --parallel 1
 
@@ -144,7 +144,7 @@ class Config:
     student_updates: int = setting("presto-s", 900, "updates of the generator")
     anchor: float = setting("presto-s", 120.0, "weight of anchor_loss (ours)")
     generator_lr: float = setting("presto-s", 2e-4, "learning rate of the generator (paper: 5e-7)")
-    fake_lr: float = setting("presto-s", 4e-4, "rate of fake score and head: constant, to keep up")
+    fake_lr: float = setting("presto-s", 4e-4, "rate of fake score and head: no fall, to keep up")
     student_ema: float = setting("presto-s", 0.98, "decay of the generator's averaged weights")
     fractions_ls: tuple = setting("presto-ls", (1, 1, 1, 1, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63),
                                   "like fractions, but milder: a call must do more (our reading)")
@@ -233,7 +233,7 @@ class VAE(nn.Module):
 SILENCE = 1e-2  # the least energy to divide by: the relative error of a silent clip stays finite
 def stft_distance(output, wave):
     """Relative squared distance of magnitude spectra at two resolutions: (batch, time) -> scalar.
-    Magnitudes forgive errors of phase: small ones, as ears do, but large ones, too."""
+    It forgives errors of phase, small ones as ears do. vae_loss's other error stops large ones."""
     total = 0.0
     for n in (1024, 256):  # a long window tells pitches apart; a short one, moments
         window = torch.hann_window(n, device=wave.device)
@@ -389,7 +389,7 @@ def draw_sigma(distribution, count, cfg, device):
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
     if distribution == "low":  # (ours) a fifth of a "train" level: see generator_loss
         return draw_sigma("train", count, cfg, device) / 5
-    if distribution == "inf":  # squared (ours): u is often low, so sigma high
+    if distribution == "inf":  # squared (ours): nearly the levels of 1 to 8 steps
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
@@ -449,8 +449,8 @@ def lr_at(i, total, lr):
     return lr * min(1, (i + 1) / (0.025 * total), (total - i) / (0.6 * total))
 
 def optimizer_step(loss, optimizer, lr):
-    """One update of the optimizer's own parameters, with clipping. `inputs=` computes gradients for
-    no others: the generator's GAN term runs through fake score and head, but must train neither."""
+    """One update of the optimizer's own parameters, with clipping. `inputs=` computes no gradients
+    for others: the generator's GAN term runs through fake score and head, but they learn later."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     loss.backward(inputs=parameters)
@@ -508,7 +508,7 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
         x_real, label = run.latents.sample_batch(cfg.batch)
         # Ours, so that guidance has an error to mend: some captions name a wrong timbre, as on the
         # web. mu(x, label) then contains a little of other timbres; mu(x, null), a mean of all,
-        # contains more. So the difference points away from them. (Not in Part 6: a wrong caption
+        # contains more. So guidance points away from them. (Not in Part 6: a wrong caption
         # would pull x_gen away from its x_real's timbre.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
@@ -540,7 +540,7 @@ def budget_at(sigma, fractions, cfg):
     The schedule's u is cut into equal bins (ASE cuts time; u is our reading), so bins have similar
     numbers of teacher steps. `fractions`: bins' shares of the depth, from clean to noisy."""
     bins = len(fractions)
-    # Students' u = .2, .4, .6 (4 steps) lie on edges: 0.999 puts them into the noisier bin.
+    # Students' u = .2, .4, .6 (4 steps) are edges: edges * 0.999 leave them to the noisier bin.
     edges = 0.999 * rho_schedule(1 - torch.arange(1, bins) / bins, cfg)  # (bins - 1,)
     table = (torch.tensor(fractions) * cfg.depth).round().long().clamp(1, cfg.depth)  # (bins,)
     budget = table.to(sigma.device)[torch.bucketize(sigma, edges.to(sigma.device))]
@@ -598,7 +598,7 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     Both mu get the same x, so -x cancels (p_real is the distribution of the guided teacher):
         mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real)
     Descent moves x_gen to where p_generated / p_real is lower: to what the teacher makes more often
-    than the generator. (The ratio's mean log is the KL divergence.) Both mu are blurs, but if the
+    than the generator. (The mean of its log is the KL divergence.) Both mu are blurs, but if the
     distributions are equal, the blurs are equal: g is 0, and x_gen stays sharp. (A regression on
     mu_real would blur it.) mu_fake - mu_real grows with sigma: without the divisor, high sigma
     would count most. Only real_score is guided: it says where to go; fake_score, where x_gen is."""
@@ -617,7 +617,7 @@ def anchor_loss(x_gen, x_real, sigma, cfg):
     weights: training at high levels also shifts the answers at low ones, by a few percent. DMD does
     not see this shift, because the scores' own errors are larger; but over a sampler's steps it
     adds up. At low noise x_real is the only right answer, and x_gen is held to it. At high noise
-    many are right: held to one of them, x_gen would blur; but there c_skip^2 is near 0."""
+    many are right: held to a random one, x_gen would blur; but there c_skip^2 is near 0."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.square().reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
 
@@ -625,7 +625,7 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
     1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
     The head reads features of fake_score (DMD2), because fake_score knows x_gen. Features of the
-    teacher, learnt from real latents alone, show few errors of x_gen. The head judges at low noise
+    teacher, learnt from real latents alone, miss errors of x_gen. The head judges at low noise
     (p_gan = "low", ours): else it could only guess. The paper's nu1 and nu2 do little here."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():  # g is a direction for x_gen: nothing flows back through the scores
@@ -656,7 +656,7 @@ def train_student(run, stage):
     level of the generator's input. Else it sees answers to all levels mixed. If they are too quiet
     at some levels and too loud at others, the mixture looks right, and nothing mends them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
-    short_scores = is_ls and not cfg.full_scores  # usually, both scores start as the teacher
+    short_scores = is_ls and not cfg.full_scores  # usually False: whole teachers
     score_stage, score_budget = ("presto-l", stage) if short_scores else ("teacher", "teacher")
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
     fake_net = run.load(score_stage).requires_grad_(True)  # a denoiser already: it catches up soon
@@ -694,10 +694,11 @@ def train_student(run, stage):
 
 @torch.no_grad()
 def sample_multistep(denoise, x, sigmas, label):
-    """The students' sampler: denoise to x0, noise x0 to the next sigma, repeat: later calls mend
+    """The students' sampler: denoise to x0, noise x0 to the next sigma, repeat: less noise, finer
     details. x: noise with the deviation sigmas[0], which hides any x0. L_DMD taught guidance.
-    (sample_heun would need means, not samples.) In training, x_real was noised, here x0: the same,
-    if x0 is good. (DMD2 trains on such x0.) Any number of steps works, but each call errs, too."""
+    (sample_heun would need means, not samples.) Training noised x_real; this noises x0: the same,
+    if x0 is good. (DMD2 trains on noised x0.) Any number of steps works, but each call errs,
+    too."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 depends on the old noise
@@ -907,7 +908,7 @@ def command_sample(args):
 @torch.inference_mode()
 def command_eval(args):
     run = Run(args.run, pick_device(args.device))
-    # The last file is read first: it sets run.cfg (Run.read), and its settings are the newest.
+    # is_done reads: the last file first, as the first one sets run.cfg, and the last is the newest.
     stages = [stage for stage in STAGES[:0:-1] if run.is_done(stage)][::-1]
     vae, cfg, world = run.vae, run.cfg, run.cfg.world
     classes, full = len(world.PROMPTS), cfg.teacher_steps
