@@ -450,7 +450,7 @@ def lr_at(i, total, lr):
 
 def optimizer_step(loss, optimizer, lr):
     """One update of the optimizer's own parameters, with clipping. `inputs=` computes no gradients
-    for others: the generator's GAN term runs through fake score and head, but they learn later."""
+    for others: the generator's GAN term runs through fake score and head, for nothing."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     loss.backward(inputs=parameters)
@@ -697,8 +697,7 @@ def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise x0 to the next sigma, repeat: less noise, finer
     details. x: noise with the deviation sigmas[0], which hides any x0. L_DMD taught guidance.
     (sample_heun would need means, not samples.) Training noised x_real; this noises x0: the same,
-    if x0 is good. (DMD2 trains on noised x0.) Any number of steps works, but each call errs,
-    too."""
+    if x0 is good. (DMD2 trains on noised x0.) Any number of steps works, but each call errs."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 depends on the old noise
