@@ -31,7 +31,7 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     3  x_gen is noised again, because denoisers know only noised latents. The level is drawn from
        p_dmd: much noise leaves only coarse features to compare; little noise leaves details, too.
     4  Two denoisers look at it. real_score, the teacher, knows the real data; fake_score knows what
-       the generator makes. The arrow from its answer to real_score's leads to real data.
+       the generator makes. From its answer to real_score's, an arrow leads to real data.
     5  x_gen is noised, at a level drawn from p_dsm.
     6  fake_score learns to denoise it. If fake_score lags, step 4 judges an older generator.
     7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan.
@@ -144,7 +144,7 @@ class Config:
     student_updates: int = setting("presto-s", 900, "updates of the generator")
     anchor: float = setting("presto-s", 120.0, "weight of anchor_loss (ours)")
     generator_lr: float = setting("presto-s", 2e-4, "learning rate of the generator (paper: 5e-7)")
-    fake_lr: float = setting("presto-s", 4e-4, "rate of fake score and head: no fall, to keep up")
+    fake_lr: float = setting("presto-s", 4e-4, "rate of fake score and head: constant, to keep up")
     student_ema: float = setting("presto-s", 0.98, "decay of the generator's averaged weights")
     fractions_ls: tuple = setting("presto-ls", (1, 1, 1, 1, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63),
                                   "like fractions, but milder: a call must do more (our reading)")
@@ -233,7 +233,7 @@ class VAE(nn.Module):
 SILENCE = 1e-2  # the least energy to divide by: the relative error of a silent clip stays finite
 def stft_distance(output, wave):
     """Relative squared distance of magnitude spectra at two resolutions: (batch, time) -> scalar.
-    It forgives errors of phase, small ones as ears do. vae_loss's other error stops large ones."""
+    It forgives errors of phase. Ears forgive small ones; vae_loss's other term sees large ones."""
     total = 0.0
     for n in (1024, 256):  # a long window tells pitches apart; a short one, moments
         window = torch.hann_window(n, device=wave.device)
@@ -389,7 +389,7 @@ def draw_sigma(distribution, count, cfg, device):
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
     if distribution == "low":  # (ours) a fifth of a "train" level: see generator_loss
         return draw_sigma("train", count, cfg, device) / 5
-    if distribution == "inf":  # squared (ours): nearly the levels of 1 to 8 steps
+    if distribution == "inf":  # r^2 (ours): levels as often as in 1 to 8 steps
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
@@ -450,7 +450,7 @@ def lr_at(i, total, lr):
 
 def optimizer_step(loss, optimizer, lr):
     """One update of the optimizer's own parameters, with clipping. `inputs=` computes no gradients
-    for others: the generator's GAN term runs through fake score and head, for nothing."""
+    for others, such as fake score and head, through which the generator's GAN term runs."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     loss.backward(inputs=parameters)
@@ -556,7 +556,7 @@ def with_budget(model, stage, cfg):
     return denoise
 
 def layer_loss(model, x_real, label, sigma, cfg):
-    """The loss of Presto-L: L_DSM (ASE has it alone) + L_st. L_st's target is the answer of full
+    """The loss of Presto-L: L_DSM (ASE's only loss) + L_st. L_st's target is the answer of full
     depth: nearly E[x0 | x], because the weights began as the teacher's. x_real, one x0 of many, is
     a noisier target. L_DSM is still needed: both passes share the weights, and only L_DSM ties them
     to data. L_st does not train the full pass (our reading): full must not follow short."""
@@ -604,7 +604,7 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     would count most. Only real_score is guided: it says where to go; fake_score, where x_gen is."""
     x = add_noise(x_gen, sigma)  # 3  (batch, channels, frames)
     real = real_score(x, sigma, label)  # 4  (batch, channels, frames)
-    fake = fake_score(x, sigma, label)  # 4  (told the generator's sigma, too: fake_at)
+    fake = fake_score(x, sigma, label)  # 4  (and sigma_gen: see train_student)
     size = (x_gen - real).abs().mean((1, 2), keepdim=True).clamp_min(1e-6)  # (batch, 1, 1)
     return (fake - real) / size
 
@@ -638,8 +638,8 @@ def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
 def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
     """L_fake-DSM + nu2 * L_GAN, for the fake score and the head. L_fake-DSM has the target x_gen:
     with x_real, fake_score would become a second real score. L_GAN teaches the lower half of
-    fake_score, and the head, to answer 1 to x_real and 0 to x_gen. Both get the same sigma (and the
-    same sigma_gen: see fake_at): so the head can judge only by content."""
+    fake_score, and the head, to answer 1 to x_real and 0 to x_gen. x_gen and x_real get the same
+    sigma (and sigma_gen: see fake_at): so the head can judge only by content."""
     sigma = draw_sigma(cfg.p_dsm, len(x_gen), cfg, x_gen.device)  # 5
     denoised = fake_score(add_noise(x_gen, sigma), sigma, label)  # (batch, channels, frames)
     loss_dsm = dsm_loss(denoised, x_gen, sigma, cfg)  # 6
@@ -652,9 +652,9 @@ def fake_score_loss(x_gen, x_real, label, fake_score, head, cfg):
 def train_student(run, stage):
     """Train Presto-S, or Presto-LS: the same loop, but the generator drops layers, and starts from
     Presto-L, which can do that. Scores keep full depth (our reading): short ones would teach the
-    generator their errors, and only it must be fast. `tell_level` (ours): fake_score is told the
-    level of the generator's input. Else it sees answers to all levels mixed. If they are too quiet
-    at some levels and too loud at others, the mixture looks right, and nothing mends them."""
+    generator errors, and only the generator must be fast. `tell_level` (ours): fake_score is told
+    the level of the generator's input. Else it sees answers to all levels mixed. If these are too
+    quiet at some levels, too loud at others, the mixture looks right, and nothing mends them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
     short_scores = is_ls and not cfg.full_scores  # usually False: whole teachers
     score_stage, score_budget = ("presto-l", stage) if short_scores else ("teacher", "teacher")
@@ -695,9 +695,10 @@ def train_student(run, stage):
 @torch.no_grad()
 def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise x0 to the next sigma, repeat: less noise, finer
-    details. x: noise with the deviation sigmas[0], which hides any x0. L_DMD taught guidance.
-    (sample_heun would need means, not samples.) Training noised x_real; this noises x0: the same,
-    if x0 is good. (DMD2 trains on noised x0.) Any number of steps works, but each call errs."""
+    details. x: noise with the deviation sigmas[0], which hides any x0. Not guided: L_DMD taught
+    guidance. (sample_heun would need means, not samples.) In training x_real is noised, here x0:
+    the same, if x0 is good. (DMD2 trains on noised x0.) Any number of steps works, but each call
+    adds its error."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 depends on the old noise
@@ -793,7 +794,7 @@ class Run:
 
     def train(self, stage):
         if stage != "vae":
-            _ = self.latents  # before seeding, because building the VAE draws random weights
+            _ = self.latents  # before seeding, because it may build a VAE, of random weights
         seed_with(self.seed, stage, "start")
         try:
             self.save(stage, "done", model=TRAIN[stage](self))
@@ -907,7 +908,7 @@ def command_sample(args):
 @torch.inference_mode()
 def command_eval(args):
     run = Run(args.run, pick_device(args.device))
-    # is_done reads: the last file first, as the first one sets run.cfg, and the last is the newest.
+    # is_done reads files. The one read first sets run.cfg: so the newest stage goes first.
     stages = [stage for stage in STAGES[:0:-1] if run.is_done(stage)][::-1]
     vae, cfg, world = run.vae, run.cfg, run.cfg.world
     classes, full = len(world.PROMPTS), cfg.teacher_steps
