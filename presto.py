@@ -697,7 +697,7 @@ def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise x0 to the next sigma, repeat: less noise, finer
     details. x: noise with the deviation sigmas[0], which hides any x0. Not guided: L_DMD taught
     guidance. (sample_heun would need means, not samples.) In training x_real is noised, here x0:
-    alike, if x0 is good. (DMD2 trains on noised x0.) Any number of steps works; each adds errors."""
+    alike, if x0 is good. (DMD2 trains on noised x0.) Any number of steps works; all add errors."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 depends on the old noise
