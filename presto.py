@@ -31,13 +31,13 @@ THE LOOP OF PRESTO-S (the paper's Figure 1; the same numbers stand at the lines 
     3  x_gen is noised again, because denoisers know only noised latents. The level is drawn from
        p_dmd: much noise leaves only coarse features to compare; little noise leaves details, too.
     4  Two denoisers look at it. real_score, the teacher, knows the real data; fake_score knows what
-       the generator makes. From its answer to real_score's, an arrow leads to real data.
+       the generator makes. The difference of their answers is the direction to real data.
     5  x_gen is noised, at a level drawn from p_dsm.
     6  fake_score learns to denoise it. If fake_score lags, step 4 judges an older generator.
     7  x_gen and x_real are noised, for the reasons given at 3, at a level drawn from p_gan.
     8  The lower half of fake_score, with head, learns to tell them apart.
     In a round, fake_score and head learn five times (steps 1, 2, 5 to 8). Then the generator learns
-    once. In 1 to 4 it follows the arrow of 4; in 7 and 8, without x_real, it tries to deceive the
+    once. In 1 to 4 it follows that direction; in 7 and 8, without x_real, it tries to deceive the
     head. Ours, mainly: anchor_loss; tell_level (train_student); p_gan "low" (draw_sigma); and
     `parallel` (guided). To undo: --anchor 0 --tell_level false --p_gan train --parallel 1
 
@@ -147,7 +147,7 @@ class Config:
     fake_lr: float = setting("presto-s", 4e-4, "rate of fake score and head: constant, to keep up")
     student_ema: float = setting("presto-s", 0.98, "decay of the generator's averaged weights")
     fractions_ls: tuple = setting("presto-ls", (1, 1, 1, 1, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63),
-                                  "like fractions, but milder: a call must do more (our reading)")
+                                  "like fractions, milder: few calls must do more (our reading)")
     ls_start: str = setting("presto-ls", "presto-l", "generator's start (our reading)", STAGES[2:4])
     full_scores: bool = setting("presto-ls", True, "both scores keep full depth (our reading)")
 
@@ -235,7 +235,7 @@ def stft_distance(output, wave):
     """Relative squared distance of magnitude spectra at two resolutions: (batch, time) -> scalar.
     It forgives errors of phase. Ears forgive small ones; vae_loss's other term sees large ones."""
     total = 0.0
-    for n in (1024, 256):  # a long window tells pitches apart; a short one, moments
+    for n in (1024, 256):  # a long window tells pitches apart, a short one moments
         window = torch.hann_window(n, device=wave.device)
         A = torch.stft(output, n, n // 2, window=window, return_complex=True).abs()
         B = torch.stft(wave, n, n // 2, window=window, return_complex=True).abs()
@@ -380,7 +380,7 @@ def edm_sigmas(steps, cfg):
 
 def student_sigmas(steps, cfg):
     """The students' noise levels (steps,): equal steps of u, all below u_end (our reading). For 4
-    steps, sigma = 80, 24, 5.8, .97. At u_end, sigma is .085: a call would hardly change x there."""
+    steps, u = 0, .2, .4, .6: sigma = 80, 24, 5.8, .97. At u_end (.085) a call hardly changes x."""
     return rho_schedule(cfg.u_end * torch.arange(steps) / steps, cfg)
 
 def draw_sigma(distribution, count, cfg, device):
@@ -389,7 +389,7 @@ def draw_sigma(distribution, count, cfg, device):
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
     if distribution == "low":  # (ours) a fifth of a "train" level: see generator_loss
         return draw_sigma("train", count, cfg, device) / 5
-    if distribution == "inf":  # r^2 (ours): levels as often as in 1 to 8 steps
+    if distribution == "inf":  # squared (ours): about as frequent as in 1 to 8 steps
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
@@ -907,7 +907,7 @@ def command_sample(args):
 @torch.inference_mode()
 def command_eval(args):
     run = Run(args.run, pick_device(args.device))
-    # is_done reads files. The one read first sets run.cfg: so the newest stage goes first.
+    # is_done reads files. The one read first sets run.cfg, so the newest must be first.
     stages = [stage for stage in STAGES[:0:-1] if run.is_done(stage)][::-1]
     vae, cfg, world = run.vae, run.cfg, run.cfg.world
     classes, full = len(world.PROMPTS), cfg.teacher_steps
