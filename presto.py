@@ -614,9 +614,9 @@ def dmd_loss(x_gen, gradient):
 
 def anchor_loss(x_gen, x_real, sigma, cfg):
     """Ours: c_skip^2 (x_gen - x_real)^2. x_real and sigma are those of step 1. All levels share
-    weights: training at high levels also shifts the answers at low ones, by a few percent. DMD does
-    not see this shift, because the scores' own errors are larger; but over a sampler's steps it
-    adds up. At low noise x_real is the only right answer, and x_gen is held to it. At high noise
+    weights: training at high levels changes the answers at low ones, too, by a few percent. DMD
+    does not see it, because the scores' own errors are larger; but over a sampler's steps it adds
+    up. At low noise x_real is the only right answer, and x_gen is held to it. At high noise
     many are right: held to a random one, x_gen would blur; but there c_skip^2 is near 0."""
     c_skip = cfg.sigma_data**2 / (sigma**2 + cfg.sigma_data**2)  # (batch,)
     return (c_skip.square().reshape(-1, 1, 1) * (x_gen - x_real).square()).mean()
@@ -917,7 +917,7 @@ def command_eval(args):
     real, _ = world.make_batch(len(label), rng, label)  # "real" and "VAE": the best to be reached
     x_real = torch.cat([vae.encode(part.to(run.device)) for part in real.split(classes)])
     clips = {"real": real, "VAE": torch.cat([vae.decode(x).cpu() for x in x_real.split(classes)])}
-    rows = {title: toy_data.score(world, wave, label, reference) for title, wave in clips.items()}
+    rows = {title: toy_data.measure(world, wave, label, reference) for title, wave in clips.items()}
     models = {name: run.load(name) for name in stages} | {"re-noised": run.load("teacher")}
     teacher = functools.partial(make_clips, "teacher", models["teacher"], vae, steps=full, cfg=cfg)
     wanted = [("teacher", full, cfg.w), ("teacher", full, 1.0), ("presto-l", full, cfg.w)]
@@ -929,7 +929,7 @@ def command_eval(args):
                                  cfg=cfg if w is None else dataclasses.replace(cfg, w=w))
         seed_with(args.seed, "noise")  # the same seed for every row
         clips[title] = torch.cat([make(label=part)[0] for part in label.split(classes)])
-        rows[title] = toy_data.score(world, clips[title], label, reference)
+        rows[title] = toy_data.measure(world, clips[title], label, reference)
         for column, part, turns in (("alone", label[:1], 12), ("batch", label[:classes], 3)):
             pairs = [(teacher(label=part)[1], make(label=part)[1]) for _ in range(turns)]
             first, own = map(min, zip(*pairs))  # in turn, as speed drifts; min: other programs run

@@ -159,13 +159,13 @@ def test_one_clip_per_class_repeated_is_correct_but_bad_in_recall_coverage_and_s
     label = torch.arange(NULL).repeat(16)
     real, other = (toy_data.make_batch(len(label), labels=label)[0] for _ in range(2))
     reference = toy_data.Reference(toy_data, real, label)
-    good = toy_data.score(toy_data, other, label, reference)
-    collapsed = toy_data.score(toy_data, other[:NULL].repeat(16, 1), label, reference)
+    good = toy_data.measure(toy_data, other, label, reference)
+    collapsed = toy_data.measure(toy_data, other[:NULL].repeat(16, 1), label, reference)
     assert good["accuracy"] > 0.98 and collapsed["accuracy"] > 0.95
     assert good["recall"] > 0.8 and good["coverage"] > 0.8 and 0.9 < good["spread"] < 1.1
     assert collapsed["recall"] < 0.3 and collapsed["coverage"] < 0.5 and collapsed["spread"] < 0.01
-    for compared in (reference, toy_data.Reference(toy_data, 0 * real, label)):  # with silence
-        assert all(map(math.isfinite, toy_data.score(toy_data, 0 * real, label, compared).values()))
+    for other in (reference, toy_data.Reference(toy_data, 0 * real, label)):  # with silence
+        assert all(map(math.isfinite, toy_data.measure(toy_data, 0 * real, label, other).values()))
 
 # ---- Part 1. VAE --------------------------------------------------------------------------------
 def test_the_vae_loss_is_relative_error_plus_spectrum_plus_kl_and_finite_for_silence():

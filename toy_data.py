@@ -20,7 +20,7 @@ import torch
 #   make_batch(count, generator=None, labels=None) -> waves (count, CLIP_SAMPLES), labels (count,)
 # These are optional. Without them, the figures that need them are left out:
 #   listen(wave) -> a dict of finite tensors (batch,): any figures of what is heard
-#   HEARD, beside `listen`: a dict from its names to their units: what `score` compares
+#   HEARD, beside `listen`: a dict from its names to their units: what `measure` compares
 #   is_correct(wave, labels) -> booleans (batch,): does each clip sound as its label says?
 #   describe(wave) -> a list of strings, one for each clip: what is heard, in words
 #   misname(labels) -> wrong labels, on the device of `labels`; without it, all captions are right
@@ -249,7 +249,7 @@ class Reference:
         if "loudness" in self.heard:
             self.loudness_std = within_class_std(self.heard["loudness"], label)
 
-def score(world, wave, label, reference):
+def measure(world, wave, label, reference):
     """Clips (batch, time) with labels (batch,) against a Reference: a dict of floats.
 
     accuracy: the share that `is_correct`; it does not see variety or sound quality.
