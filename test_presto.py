@@ -691,7 +691,7 @@ def test_a_spoilt_checkpoint_gets_one_line_naming_it(folder, tmp_path, capsys, m
     assert status == (0 if how in ("missing", "half") else 2)  # eval leaves these out
 
 @pytest.mark.parametrize("option, value, says", [("--p_dmd", "low", "low"), ("--ema", "2", "to 1"),
-    ("--width", "18", "multiple of 4"), ("--stride", "500", "8 whole frames"),
+    ("--width", "18", "multiple of 4"), ("--stride", "96", "8 whole frames"), ("--batch", "0", "1"),
     ("--rho", "nan", "from 1"), ("--data", "no_such", "no_such"), ("--device", "x", "--device x"),
     ("--vae_lr", "1e9", "vae, up"), ("--vae_update", "3", "update"), ("--fractions", "[]", "[]")])
 def test_bad_options_get_status_2_a_line_and_no_file(tmp_path, capsys, option, value, says):
