@@ -164,8 +164,8 @@ def test_one_clip_per_class_repeated_is_correct_but_bad_in_recall_coverage_and_s
     assert good["accuracy"] > 0.98 and collapsed["accuracy"] > 0.95
     assert good["recall"] > 0.8 and good["coverage"] > 0.8 and 0.9 < good["spread"] < 1.1
     assert collapsed["recall"] < 0.3 and collapsed["coverage"] < 0.5 and collapsed["spread"] < 0.01
-    for other in (reference, toy_data.Reference(toy_data, 0 * real, label)):  # with silence
-        assert all(map(math.isfinite, toy_data.measure(toy_data, 0 * real, label, other).values()))
+    for ref in (reference, toy_data.Reference(toy_data, 0 * real, label)):  # with silence
+        assert all(map(math.isfinite, toy_data.measure(toy_data, 0 * real, label, ref).values()))
 
 # ---- Part 1. VAE --------------------------------------------------------------------------------
 def test_the_vae_loss_is_relative_error_plus_spectrum_plus_kl_and_finite_for_silence():
