@@ -115,7 +115,7 @@ class Config:
     teacher_updates: int = setting("teacher", 3000, "updates of the teacher")
     batch: int = setting("teacher", 32, "clips per update of teacher and Presto-L")
     teacher_lr: float = setting("teacher", 1e-3, "learning rate of the teacher")
-    ema: float = setting("teacher", 0.998, "decay of the averaged weights of teacher and Presto-L")
+    ema: float = setting("teacher", 0.998, "decay of the teacher's averaged weights")
     label_dropout: float = setting("teacher", 0.1, "share of null labels, which guidance needs")
     sigma_min: float = setting("presto-l", 0.002, "lowest noise level (EDM)")
     sigma_max: float = setting("presto-l", 80.0, "highest noise level (EDM)")
@@ -127,6 +127,7 @@ class Config:
     self_teacher: float = setting("presto-l", 1.0, "weight of L_st (see layer_loss)")
     layer_updates: int = setting("presto-l", 800, "updates of Presto-L")
     layer_lr: float = setting("presto-l", 3e-4, "learning rate of Presto-L (ASE: 1e-5)")
+    student_ema: float = setting("presto-l", 0.98, "decay of the students' averaged weights")
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
     parallel: float = setting("presto-s", 0.1, "share kept of guidance along mu (see guided)")
     teacher_steps: int = setting("presto-s", 16, "sampling steps of teacher and Presto-L")
@@ -145,7 +146,6 @@ class Config:
     anchor: float = setting("presto-s", 120.0, "weight of anchor_loss (ours)")
     generator_lr: float = setting("presto-s", 2e-4, "learning rate of the generator (paper: 5e-7)")
     fake_lr: float = setting("presto-s", 4e-4, "rate of fake score and head: constant, to keep up")
-    student_ema: float = setting("presto-s", 0.98, "decay of the generator's averaged weights")
     fractions_ls: tuple = setting("presto-ls", (1, 1, 1, 1, 0.88, 0.75, 0.75, 0.63, 0.63, 0.63),
                                   "like fractions, milder: few calls must do more (our reading)")
     ls_start: str = setting("presto-ls", "presto-l", "generator's start (our reading)", STAGES[2:4])
@@ -502,14 +502,15 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
     """Train the teacher or Presto-L. They differ in their loss, and in what they start from."""
     cfg = run.cfg
     # The exponential moving average of the weights is less noisy. It is what is saved and sampled.
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    # It must forget its start: decay ** updates is the share of the first weights that remains.
+    decay = cfg.ema if stage == "teacher" else cfg.student_ema
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     for i in run.loop(stage, updates, model=model, ema=ema, optimizer=optimizer):
         x_real, label = run.latents.sample_batch(cfg.batch)
         # Ours, so that guidance has an error to mend: some captions name a wrong timbre, as on the
-        # web. mu(x, label) then contains a little of other timbres; mu(x, null), a mean of all,
-        # contains more. So guidance points away from them. (Not in Part 6: a wrong caption
-        # would pull x_gen away from its x_real's timbre.)
+        # web. mu(x, label) then holds some of other timbres; mu(x, null), a mean of all, more:
+        # guidance points away from them. (Not in Part 6: it would pull x_gen off x_real's timbre.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
@@ -958,8 +959,7 @@ def make_parser():
     parser = argparse.ArgumentParser("presto.py", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, prog="presto.py")
     def command(name, function, folder, help):
-        sub = commands.add_parser(name, usage=f"presto.py {name} [options]", help=help,
-                                  allow_abbrev=False)
+        sub = commands.add_parser(name, usage="%(prog)s [options]", help=help, allow_abbrev=False)
         sub.set_defaults(function=function)
         sub.add_argument(folder, default="runs/presto", help="the run's folder (%(default)s)")
         sub.add_argument("--seed", type=int, default=0, help="same seed, same sounds (0)")
