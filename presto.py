@@ -657,16 +657,15 @@ def train_student(run, stage):
     the level of the generator's input. Else it sees answers to all levels mixed. If these are too
     quiet at some levels, too loud at others, the mixture looks right, and nothing mends them."""
     cfg, is_ls = run.cfg, stage == "presto-ls"
-    short_scores = is_ls and not cfg.full_scores  # usually False: whole teachers
-    score_stage, score_budget = ("presto-l", stage) if short_scores else ("teacher", "teacher")
+    score_stage = "presto-l" if is_ls and not cfg.full_scores else "teacher"
     generator_net = run.load(cfg.ls_start if is_ls else "teacher").requires_grad_(True)
     fake_net = run.load(score_stage).requires_grad_(True)  # a denoiser already: it catches up soon
     if cfg.tell_level:
         fake_net.net.gen_level = LevelEmbedding(cfg.width).to(run.device)
     head = Discriminator(cfg).to(run.device)
     generator = with_budget(generator_net, stage, cfg)
-    real_score = guided(with_budget(run.load(score_stage), score_budget, cfg), cfg)
-    fake_score = with_budget(fake_net, score_budget, cfg)
+    real_score = guided(with_budget(run.load(score_stage), score_stage, cfg), cfg)
+    fake_score = with_budget(fake_net, score_stage, cfg)
     ema = AveragedModel(generator_net, multi_avg_fn=get_ema_multi_avg_fn(cfg.student_ema))
     # No momentum for the generator (ours): old gradients came from an older fake_score.
     optimizer = torch.optim.Adam(generator_net.parameters(), betas=(0.0, 0.999), fused=True)

@@ -481,9 +481,9 @@ def test_each_student_has_its_start_its_layers_and_its_scores(stage, start, scor
     trained, started = weights(bench.trained), weights(bench.models[start])
     assert all(near(a, b, 1e-6) for a, b in zip(trained, started))
     assert sorted(bench.loaded) == sorted([start, score, score])
+    budgets = {"presto-l": CFG.fractions, "presto-ls": (1, 0.5)}
     for call in bench.calls_of("generator", "fake", "real"):
-        is_short = stage == "presto-ls" and (call["name"] == "generator" or score == "presto-l")
-        assert budget_is(call, (1, 0.5) if is_short else None)
+        assert budget_is(call, budgets.get(stage if call["name"] == "generator" else score))
 
 def test_the_teacher_learns_means_in_one_step_and_presto_s_learns_samples(teacher):
     cfg = dataclasses.replace(TOY, student_updates=40, warm_updates=20, generator_lr=3e-3,
