@@ -125,7 +125,7 @@ class Config:
     keep_last: bool = setting("presto-l", True, "shifted dropping: the last block always runs")
     budget_embedding: bool = setting("presto-l", True, "tell the network how many blocks will run")
     self_teacher: float = setting("presto-l", 1.0, "weight of L_st (see layer_loss)")
-    layer_updates: int = setting("presto-l", 800, "updates of Presto-L")
+    layer_updates: int = setting("presto-l", 400, "updates of Presto-L")
     layer_lr: float = setting("presto-l", 3e-4, "learning rate of Presto-L (ASE: 1e-5)")
     student_ema: float = setting("presto-l", 0.98, "decay of the students' averaged weights")
     w: float = setting("presto-s", 1.5, "guidance of teacher, Presto-L, and DMD's real score")
@@ -535,7 +535,7 @@ def train_teacher(run):
 #   1. Shifted dropping: the last block always runs. Blocks before it are dropped (DiT.is_active).
 #   2. The network is told its budget (DiT.budget_table). The budget jumps at the edges of bins,
 #      where sigma hardly changes: from sigma alone, the network could hardly guess it.
-#   3. L_st: the full-depth pass teaches the short one (layer_loss).
+#   3. L_st: the network at full depth teaches the short one (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
     The schedule's u is cut into equal bins (ASE cuts time; u is our reading), so bins have similar
@@ -556,23 +556,24 @@ def with_budget(model, stage, cfg):
         return model(x, sigma, label, budget_at(sigma, fractions, cfg), **options)
     return denoise
 
-def layer_loss(model, x_real, label, sigma, cfg):
-    """The loss of Presto-L: L_DSM (ASE's only loss) + L_st. L_st's target is the answer of full
-    depth: nearly E[x0 | x], because the weights began as the teacher's. x_real, one x0 of many, is
-    a noisier target. L_DSM is still needed: both passes share the weights, and only L_DSM ties them
-    to data. L_st does not train the full pass (our reading): full must not follow short."""
+def layer_loss(teacher, model, x_real, label, sigma, cfg):
+    """The loss of Presto-L: L_DSM (ASE's only loss) + L_st. L_st's target is the network's answer
+    at full depth, by its weights from before this training (our reading): nearly E[x0 | x]. x_real,
+    one x0 of many, is a noisier target, but it is free of the teacher's errors. Weights in training
+    would be a bad teacher: their blocks learn to do more, and at full depth, they do too much."""
     x = add_noise(x_real, sigma)  # (batch, channels, frames)
     short = model(x, sigma, label, budget_at(sigma, cfg.fractions, cfg))
     loss = dsm_loss(short, x_real, sigma, cfg)
     if cfg.self_teacher > 0:
         with torch.no_grad():
-            full = model(x, sigma, label)  # (batch, channels, frames)
+            full = teacher(x, sigma, label)  # (batch, channels, frames)
         loss = loss + cfg.self_teacher * dsm_loss(short, full, sigma, cfg)
     return loss
 
 def train_presto_l(run):
     cfg, model = run.cfg, run.load("teacher").requires_grad_(True)
-    return train_denoiser(run, "presto-l", model, layer_loss, cfg.layer_updates, cfg.layer_lr)
+    loss_of = functools.partial(layer_loss, run.load("teacher"))
+    return train_denoiser(run, "presto-l", model, loss_of, cfg.layer_updates, cfg.layer_lr)
 
 # ---- Part 6. Presto-S and Presto-LS: fewer steps -------------------------------------------------
 # A teacher's answer to pure noise is a mean, a blur: so it must be called often. Presto-S turns it

@@ -353,7 +353,7 @@ def test_a_stage_returns_the_average_of_its_weights_with_its_rates_and_null_labe
         truth = torch.cat([label for _, label in bench.drawn])[label != NULL]
         assert (label[label != NULL] != truth).float().mean().item() == approx(0.4, abs=0.06)
         assert near(sigma.log().mean(), cfg.P_mean, 0.15) and near(sigma.log().std(), cfg.P_std, .1)
-        fractions, start = (cfg.fractions, ["teacher"]) if stage == "presto-l" else (None, [])
+        fractions, start = (cfg.fractions, ["teacher"] * 2) if stage == "presto-l" else (None, [])
         assert all(budget_is(call, fractions) for call in bench.calls) and bench.loaded == start
 
 def test_the_training_set_is_real_clips_with_their_labels():
@@ -375,17 +375,17 @@ def test_the_budget_falls_as_the_noise_grows_as_in_ases_table():
     assert presto.budget_at(on_edges, fractions, cfg).tolist() == expected[:0:-1]
     assert presto.budget_at(torch.tensor(80.0), (1, 0.01), CFG) == 1  # never none
 
-def test_the_self_teacher_pulls_the_short_pass_to_the_full_one_and_not_back(model):
+def test_the_self_teacher_pulls_the_short_pass_to_the_full_one_and_not_back(model, teacher):
     x_real, sigma, losses = torch.randn(SHAPE), torch.full((6,), 5.0), []
     for weight in (0.0, 3.0):
         torch.manual_seed(1)
         cfg = with_(fractions=(0.5,), self_teacher=weight)  # budget 2: blocks 0 and 3
-        losses.append(presto.layer_loss(model, x_real, LABELS, sigma, cfg))
+        losses.append(presto.layer_loss(teacher, model, x_real, LABELS, sigma, cfg))
     losses[1].backward()
     assert not any(p.grad.any() for p in model.net.blocks[2].parameters() if p.grad is not None)
     torch.manual_seed(1)
     x = presto.add_noise(x_real, sigma)
-    short, full = model(x, sigma, LABELS, 2), model(x, sigma, LABELS)
+    short, full = model(x, sigma, LABELS, 2), teacher(x, sigma, LABELS)
     ase, gap = (presto.dsm_loss(short, to, sigma, CFG).item() for to in (x_real, full))
     assert gap > 1e-3 and [loss.item() for loss in losses] == approx([ase, ase + 3 * gap], rel=1e-4)
 
