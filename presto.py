@@ -510,7 +510,7 @@ def train_denoiser(run, stage, model, loss_of, updates, lr):
         x_real, label = run.latents.sample_batch(cfg.batch)
         # Ours, so that guidance has an error to mend: some captions name a wrong timbre, as on the
         # web. mu(x, label) then holds some of other timbres; mu(x, null), a mean of all, more:
-        # guidance points away from them. (Not in Part 6: wrong ones would pull x_gen off its timbre.)
+        # guidance points away from them. (Not in Part 6: a wrong one pulls x_gen off its timbre.)
         if hasattr(cfg.world, "misname"):  # a data module may lack it
             is_wrong = torch.rand(len(label), device=run.device) < cfg.wrong_captions
             label = torch.where(is_wrong, cfg.world.misname(label), label)
