@@ -499,7 +499,7 @@ def teacher_loss(model, x_real, label, sigma, cfg):
     return dsm_loss(denoised, x_real, sigma, cfg)
 
 def train_denoiser(run, stage, model, loss_of, updates, lr):
-    """Train the teacher or Presto-L. They differ in their loss, and in what they start from."""
+    """Train the teacher or Presto-L. They differ in start, loss, and decay of the average."""
     cfg = run.cfg
     # The exponential moving average of the weights is less noisy. It is what is saved and sampled.
     # It must forget its start: decay ** updates is the share of the first weights that remains.
@@ -534,8 +534,8 @@ def train_teacher(run):
 # blocks. The output layer learnt to read what these write, and ASE drops them. Presto-L's changes:
 #   1. Shifted dropping: the last block always runs. Blocks before it are dropped (DiT.is_active).
 #   2. The network is told its budget (DiT.budget_table). The budget jumps at the edges of bins,
-#      where sigma hardly changes: from sigma alone, the network could hardly guess it.
-#   3. L_st: the network at full depth teaches the short one (layer_loss).
+#      where sigma hardly changes. (On these tones, the network does as well without being told.)
+#   3. L_st: the frozen teacher, at full depth, teaches the short network (layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
     The schedule's u is cut into equal bins (ASE cuts time; u is our reading), so bins have similar
@@ -690,7 +690,7 @@ def train_student(run, stage):
         loss = loss + cfg.anchor * anchor_loss(x_gen, x_real, sigma, cfg)
         optimizer_step(loss, optimizer, lr_at(i, cfg.student_updates, cfg.generator_lr))
         ema.update_parameters(generator_net)
-        run.log(ema.module, loss=loss, fake=loss_fake)  # watch accuracy: losses need not fall
+        run.log(ema.module, loss=loss, fake=loss_fake)  # losses need not fall; accuracy must not
     return ema.module
 
 @torch.no_grad()
