@@ -190,8 +190,8 @@ def zero_init(layer):
     return layer
 
 class ResidualBlock(nn.Module):
-    """h + out(a * silu(b)), where a and b are two convolutions of norm(h) (Dauphin et al. 2017). A
-    tone is amplitude times harmonics times envelope: a block that can multiply learns it faster."""
+    """h + out(a * silu(b)), where a and b are two convolutions of norm(h) (Shazeer 2020). A tone
+    is amplitude times harmonics times envelope: a block that can multiply learns it faster."""
     def __init__(self, width):
         super().__init__()
         self.norm = nn.RMSNorm(width)
@@ -389,7 +389,7 @@ def draw_sigma(distribution, count, cfg, device):
         return (cfg.P_mean + cfg.P_std * torch.randn(count, device=device)).exp()
     if distribution == "low":  # (ours) a fifth of a "train" level: see generator_loss
         return draw_sigma("train", count, cfg, device) / 5
-    if distribution == "inf":  # squared (ours): about as frequent as in 1 to 8 steps
+    if distribution == "inf":  # squared (ours): nearly the levels of 1 to 8 steps, mixed
         return rho_schedule(cfg.u_end * torch.rand(count, device=device) ** 2, cfg)
     return student_sigmas(4, cfg).to(device)[torch.randint(4, (count,), device=device)]
 
@@ -405,9 +405,9 @@ def dsm_loss(denoised, target, sigma, cfg):
 def guided(denoise, cfg):
     """Classifier-free guidance of a denoiser mu: a denoiser again. w = 1: just mu, half the cost.
         mu(x, label) + (w - 1) * difference,    difference = mu(x, label) - mu(x, null)
-    It points to the wanted class. The part of it that is parallel to mu(x, label) only makes a tone
-    louder, and is multiplied by `parallel`. 1 gives the paper's mu(x, null) + w * difference. Less
-    than 1 is ours, from APG (adaptive projected guidance, Sadat et al. 2025, arXiv 2410.02416)."""
+    It points to the wanted class. The part of it that is parallel to mu(x, label) only changes
+    its loudness, and is multiplied by `parallel`. 1 gives the paper's mu(x, null) + w * difference.
+    Less is ours, from APG (adaptive projected guidance, Sadat et al. 2025, arXiv 2410.02416)."""
     if cfg.w == 1:
         return denoise
     def denoise_guided(x, sigma, label):
@@ -440,7 +440,7 @@ def sample_heun(denoise, x, sigmas, label):
 # All training loops are alike. They use a `run` (Part 8), which offers
 #     run.cfg, run.device                settings and device
 #     run.latents.sample_batch(count)    real latents x_real, and their labels
-#     run.load(stage)                    the finished model of an earlier stage, frozen
+#     run.load(stage)                    a new copy of an earlier stage's finished model, frozen
 #     run.loop(stage, total, **state)    yields 0 ... total - 1; saves `state` and resumes
 #     run.log(model=None, **values)      shows losses, and now and then the model's accuracy
 def lr_at(i, total, lr):
@@ -535,7 +535,7 @@ def train_teacher(run):
 #   1. Shifted dropping: the last block always runs. Blocks before it are dropped (DiT.is_active).
 #   2. The network is told its budget (DiT.budget_table). The budget jumps at the edges of bins,
 #      where sigma hardly changes. (On these tones, the network does as well without being told.)
-#   3. L_st: the frozen teacher, at full depth, teaches the short network (layer_loss).
+#   3. L_st: the frozen teacher, at full depth, teaches the short network (our reading: layer_loss).
 def budget_at(sigma, fractions, cfg):
     """How many blocks run at a noise level: an int for sigma (), a tensor (batch,) for (batch,).
     The schedule's u is cut into equal bins (ASE cuts time; u is our reading), so bins have similar
@@ -596,8 +596,8 @@ def dmd_gradient(x_gen, sigma, label, real_score, fake_score):
     """The distribution-matching gradient on x_gen, as the code of DMD2 computes it.
         g = (mu_fake(x) - mu_real(x)) / mean|x_gen - mu_real(x)|,   x = x_gen + sigma * noise
     A denoiser mu knows the score, the direction in which noised latents become more frequent:
-        grad log p(x) = (mu(x) - x) / sigma^2                       (Tweedie's formula)
-    Both mu get the same x, so -x cancels (p_real is the distribution of the guided teacher):
+        grad log p(x) = (mu(x) - x) / sigma^2       (Tweedie's formula; if mu is guided, nearly)
+    Both mu get the same x, so -x cancels (p_real: what the guided teacher makes):
         mu_fake - mu_real = sigma^2 * grad log(p_generated / p_real)
     Descent moves x_gen to where p_generated / p_real is lower: to what the teacher makes more often
     than the generator. (The mean of its log is the KL divergence.) Both mu are blurs, but if the
@@ -625,10 +625,10 @@ def anchor_loss(x_gen, x_real, sigma, cfg):
 
 def generator_loss(x_gen, label, real_score, fake_score, head, cfg):
     """L_DMD + nu1 * L_GAN, for the generator. L_GAN is least squares (paper): the head should say
-    1, "real". The head learnt from x_real, so L_GAN mends the teacher's errors, which L_DMD copies.
+    1, "real". The head learnt from x_real, so L_GAN can mend errors of the teacher; L_DMD cannot.
     The head reads features of fake_score (DMD2), because fake_score knows x_gen. Features of the
     teacher, learnt from real latents alone, miss errors of x_gen. The head judges at low noise
-    (p_gan = "low", ours): else it could only guess. The paper's nu1 and nu2 do little here."""
+    (p_gan = "low", ours): more noise would hide here what is wrong. nu1 and nu2 are by trial."""
     sigma = draw_sigma(cfg.p_dmd, len(x_gen), cfg, x_gen.device)  # 3
     with torch.no_grad():  # g is a direction for x_gen: nothing flows back through the scores
         gradient = dmd_gradient(x_gen, sigma, label, real_score, fake_score)  # 4
@@ -690,7 +690,7 @@ def train_student(run, stage):
         loss = loss + cfg.anchor * anchor_loss(x_gen, x_real, sigma, cfg)
         optimizer_step(loss, optimizer, lr_at(i, cfg.student_updates, cfg.generator_lr))
         ema.update_parameters(generator_net)
-        run.log(ema.module, loss=loss, fake=loss_fake)  # losses need not fall; accuracy must not
+        run.log(ema.module, loss=loss, fake=loss_fake)  # losses need not fall: see recall in eval
     return ema.module
 
 @torch.no_grad()
@@ -698,7 +698,7 @@ def sample_multistep(denoise, x, sigmas, label):
     """The students' sampler: denoise to x0, noise x0 to the next sigma, repeat: less noise, finer
     details. x: noise with the deviation sigmas[0], which hides any x0. Not guided: L_DMD taught
     guidance. (sample_heun would need means, not samples.) In training x_real is noised, here x0:
-    alike, if x0 is good. (DMD2 trains on noised x0.) Any number of steps works; all add errors."""
+    alike, if x0 is good. (DMD2 trains on noised x0.) Any number works; each adds errors."""
     x0 = denoise(x, sigmas[0], label)
     for sigma in sigmas[1:]:
         x = x0 + sigma * torch.randn(x.shape).to(x.device)  # fresh: x0 depends on the old noise
