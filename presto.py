@@ -922,7 +922,7 @@ def command_eval(args):
     models = {name: run.load(name) for name in stages} | {"re-noised": run.load("teacher")}
     teacher = functools.partial(make_clips, "teacher", models["teacher"], vae, steps=full, cfg=cfg)
     wanted = [("teacher", full, cfg.w), ("teacher", full, 1.0), ("presto-l", full, cfg.w)]
-    wanted += [("teacher", steps, cfg.w) for steps in (4, 8, 32) if steps != full]
+    wanted += [("teacher", steps, cfg.w) for steps in (4, 8, 12, 32) if steps != full]
     wanted += [(name, steps, None) for name in MULTISTEP for steps in (1, 2, 4, 8, 16)]
     for name, steps, w in tqdm([row for row in wanted if row[0] in models], desc="eval"):
         title = f"{name}, {steps} steps" + ("" if w is None else f", w = {w:g}")
