@@ -605,7 +605,7 @@ def test_eval_measures_every_model_with_its_own_layers_on_the_same_noise(folder,
     lines = re.findall('points="(.*?)"', (folder / "report.html").read_text())
     curves = [[float(point.split(",")[0]) for point in line.split()] for line in lines]
     assert all(curve == sorted(curve, reverse=True) for curve in curves)  # from noisy, from slow
-    assert list(map(len, curves)) == [8] * 4 + [4, 1, 5, 5, 5]  # teacher: 4, 8, 12, 32 steps; w = 1 left out
+    assert list(map(len, curves)) == [8] * 4 + [4, 1, 5, 5, 5]  # w = 1 is left out
     table = toy_data.table({"a": {"fd": 0.1234, "haze": -3.21}, "b": {"W_attack": 1.234}})
     assert table[1:] == [["a", "0.123", "-3.2", ""], ["b", "", "", "1.23"]]
 
